@@ -1,0 +1,113 @@
+"""SSD by chunks in plain PyTorch, forward and backward: matrix products within chunks, a short scan between them.
+
+Mamba-2's block decomposition (Dao and Gu 2024, arXiv 2405.21060, section 6) with a hand-written backward. Chunks are
+processed in blocks, so that the `Q x Q` matrices of a block live in cache and never all at once; memory is linear in
+L. Heads of a group share B and C, and their products are joined: `(N, Q) @ (Q, h * P)`. States between chunks are
+laid out `(rows, chunks, G, N, h * P)` for that reason.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import (
+    Chunks,
+    Decays,
+    compute_decays,
+    cut_into_chunks,
+    decay_matrix,
+    group_to_tokens,
+    scale_by_group,
+    scale_by_head,
+)
+
+
+def ssd_chunked_forward(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return `y_BLHP` (None when C is None), the final state `(B, H, P, N)`, and the states that enter the chunks."""
+    chunks = cut_into_chunks(x_BLHP, dt_BLH, B_BLGN, C_BLGN, reset, chunk_size)
+    decays = compute_decays(chunks.dt_nQH, A_H, chunks.reset_nQ)
+    states, final_state = states_entering_chunks(chunks, decays, initial_state)
+    if chunks.C_nGQN is None:
+        return None, final_state, states
+    y_nQHP = torch.empty_like(chunks.x_nQHP, memory_format=torch.contiguous_format)
+    for block in chunks.blocks():
+        _output_of_block(chunks, decays, states, D, block, y_nQHP[block])
+    return join_chunks(y_nQHP, x_BLHP), final_state, states
+
+
+def join_chunks(value_nQ: Tensor, like_BL: Tensor) -> Tensor:
+    """Join chunks to rows of the length and dtype of `like_BL`, without the padding."""
+    B, L = like_BL.shape[:2]
+    return value_nQ.reshape(B, -1, *value_nQ.shape[2:])[:, :L].to(like_BL.dtype).contiguous()
+
+
+def states_to_groups(state_BHPN: Tensor, like: Tensor) -> Tensor:
+    """Copy `(B, H, P, N)` states to the layout `(B, G, N, h, P)` and the dtype of `like`."""
+    grouped = state_BHPN.unflatten(1, (like.shape[1], -1)).movedim(-1, 2)
+    return torch.empty(grouped.shape, dtype=like.dtype, device=like.device).copy_(grouped)
+
+
+def states_from_groups(state: Tensor) -> Tensor:
+    """Lay out `(B, G, N, h, P)` states as `(B, H, P, N)`, contiguous."""
+    return state.movedim(2, -1).flatten(1, 2).contiguous()
+
+
+def states_entering_chunks(chunks: Chunks, decays: Decays, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the states entering all chunks, `(n, G, N, h, P)`, and the final state `(B, H, P, N)`."""
+    n, _, H, P = chunks.x_nQHP.shape
+    G, _, N = chunks.B_nGQN.shape[1:]
+    states = chunks.B_nGQN.new_empty(n, G, N, H // G, P)
+    for block in chunks.blocks():
+        weighted = scale_by_group(chunks.x_nQHP[block], chunks.dt_nQH[block] * decays.out_nQH[block], G)
+        B_mQN = chunks.B_nGQN[block].flatten(0, 1)
+        torch.bmm(B_mQN.mT, weighted, out=states[block].view(-1, N, H // G * P))
+    if initial_state is None:
+        carry = torch.zeros_like(states[: chunks.num_rows])
+    else:
+        carry = states_to_groups(initial_state, states)
+    carry = scan_in_place(states, decays.through_nH, carry, chunks.per_row)
+    return states, states_from_groups(carry)
+
+
+def scan_in_place(states: Tensor, through_nH: Tensor, carry: Tensor, per_row: int, reverse: bool = False) -> Tensor:
+    """Replace what each chunk adds by the sum that arrives at it, in order of time or in reverse; return the last sum.
+
+    `states` are `(n, G, N, h, P)`, `carry` is `(B, G, N, h, P)` and is overwritten.
+    """
+    states = states.unflatten(0, (-1, per_row))
+    G, h = states.shape[2], states.shape[4]
+    through = through_nH.view(-1, per_row, G, 1, h, 1)
+    spare = torch.empty_like(carry)
+    for c in reversed(range(per_row)) if reverse else range(per_row):
+        torch.addcmul(states[:, c], carry, through[:, c], out=spare)
+        states[:, c].copy_(carry)
+        carry, spare = spare, carry
+    return carry
+
+
+def _output_of_block(
+    chunks: Chunks, decays: Decays, states: Tensor, D: Tensor | None, block: slice, y_nQHP: Tensor
+) -> None:
+    """Write the outputs of a block of chunks into `y_nQHP`."""
+    x_nQHP, dt_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block]
+    n, Q, H, P = x_nQHP.shape
+    B_mQN, C_mQN = chunks.B_nGQN[block].flatten(0, 1), chunks.C_nGQN[block].flatten(0, 1)
+    G = B_mQN.shape[0] // n
+    scores = decay_matrix(decays, block)
+    scores.view(n * G, -1, Q, Q).mul_(torch.bmm(C_mQN, B_mQN.mT)[:, None])
+    within = torch.bmm(scores.view(n * H, Q, Q), scale_by_head(x_nQHP, dt_nQH * decays.fix_col_nQH[block]))
+    before = torch.bmm(C_mQN, states[block].view(n * G, -1, H // G * P))
+    y = torch.mul(group_to_tokens(before, n, H), decays.into_nQH[block][..., None])
+    y.addcmul_(within.view(n, H, Q, P).transpose(1, 2), decays.fix_row_nQH[block][..., None])
+    if D is not None:
+        y.addcmul_(x_nQHP.to(y.dtype), D.to(y.dtype).view(H, -1))
+    y_nQHP.copy_(y)

@@ -1,0 +1,180 @@
+"""Backward of the chunked SSD path: everything of size `Q x Q` is computed again, block by block.
+
+With M the matrix that maps the inputs of a chunk to its outputs and W = M * dM, the gradient of the logarithm of the
+decay at token t is all that flows across t: W[q, j] for j < t <= q, what the entering state gives to tokens q >= t,
+what tokens j < t give to the leaving state, and what passes through the whole chunk. Summing these flows instead of
+taking the difference of two large sums keeps float32 gradients of dt and A as exact as the recurrence's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked import join_chunks, scan_in_place, states_entering_chunks, states_from_groups, states_to_groups
+from .layout import (
+    Chunks,
+    Decays,
+    compute_decays,
+    cut,
+    cut_into_chunks,
+    decay_matrix,
+    group_to_tokens,
+    scale_by_group,
+    scale_by_head,
+)
+
+
+class Inputs(NamedTuple):
+    """What the forward pass was given; shapes as in `ssd_scan`."""
+
+    x_BLHP: Tensor
+    dt_BLH: Tensor
+    A_H: Tensor
+    B_BLGN: Tensor
+    C_BLGN: Tensor | None
+    D: Tensor | None
+    initial_state: Tensor | None
+    reset: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of all chunks, filled in block by block; a `flow` is a gradient of logarithms of decays."""
+
+    x_nQHP: Tensor
+    dt_nQH: Tensor
+    B_nGQN: Tensor
+    C_nGQN: Tensor
+    D_HP: Tensor
+    flow_in_nQH: Tensor  # crosses every t <= q
+    flow_out_nQH: Tensor  # crosses every t > j
+    flow_through_nH: Tensor  # crosses every t
+
+
+def ssd_chunked_backward(
+    dy_BLHP: Tensor | None, dfinal_BHPN: Tensor | None, inputs: Inputs, states: Tensor | None, chunk_size: int
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `x, dt, A, B, C, D, initial_state`, given those of the output and of the final state.
+
+    `states` are those the forward pass kept, or None to compute them again. The gradients of C and D are None where
+    those inputs are.
+    """
+    x, dt, A_H, B, C, D, initial_state, reset = inputs
+    chunks = cut_into_chunks(x, dt, B, C, reset, chunk_size)
+    decays = compute_decays(chunks.dt_nQH, A_H, chunks.reset_nQ)
+    if states is None:
+        states, _ = states_entering_chunks(chunks, decays, initial_state)
+    dy_nQHP = None if dy_BLHP is None else cut(dy_BLHP, chunks.x_nQHP.shape[1])
+    dstates, dinitial_BHPN = _gradients_of_leaving_states(chunks, decays, dy_nQHP, dfinal_BHPN, states)
+    grads = _empty_gradients(chunks)
+    for block in chunks.blocks():
+        _through_states(chunks, decays, states, dstates, block, grads)
+        if dy_nQHP is not None:
+            _through_output(chunks, decays, states, D, dy_nQHP[block], block, grads)
+    ddt_nQH, dA_H = _through_decays(chunks, decays, A_H, grads)
+    dC = None if C is None else join_chunks(grads.C_nGQN.transpose(1, 2), C)
+    dD = None if D is None else (grads.D_HP if D.dim() == 2 else grads.D_HP.sum(1)).to(D.dtype)
+    dinitial = dinitial_BHPN if initial_state is None else dinitial_BHPN.to(initial_state.dtype)
+    dB = join_chunks(grads.B_nGQN.transpose(1, 2), B)
+    return join_chunks(grads.x_nQHP, x), join_chunks(ddt_nQH, dt), dA_H.to(A_H.dtype), dB, dC, dD, dinitial
+
+
+def _empty_gradients(chunks: Chunks) -> Gradients:
+    like = chunks.dt_nQH
+    n, Q, H, P = chunks.x_nQHP.shape
+    return Gradients(
+        x_nQHP=like.new_empty(n, Q, H, P),
+        dt_nQH=torch.empty_like(like),
+        B_nGQN=torch.empty_like(chunks.B_nGQN),
+        C_nGQN=torch.zeros_like(chunks.B_nGQN),
+        D_HP=like.new_zeros(H, P),
+        flow_in_nQH=torch.zeros_like(like),
+        flow_out_nQH=torch.empty_like(like),
+        flow_through_nH=like.new_empty(n, H),
+    )
+
+
+def _gradients_of_leaving_states(
+    chunks: Chunks, decays: Decays, dy_nQHP: Tensor | None, dfinal_BHPN: Tensor | None, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the states leaving all chunks, `(n, G, N, h, P)`, and of the initial state."""
+    if dy_nQHP is None or chunks.C_nGQN is None:
+        dstates = torch.zeros_like(states)
+    else:
+        dstates = torch.empty_like(states)
+        G = states.shape[1]
+        for block in chunks.blocks():
+            weighted = scale_by_group(dy_nQHP[block], decays.into_nQH[block], G)
+            torch.bmm(chunks.C_nGQN[block].flatten(0, 1).mT, weighted, out=dstates[block].flatten(3).flatten(0, 1))
+    if dfinal_BHPN is None:
+        carry = torch.zeros_like(states[: chunks.num_rows])
+    else:
+        carry = states_to_groups(dfinal_BHPN, states)
+    carry = scan_in_place(dstates, decays.through_nH, carry, chunks.per_row, reverse=True)
+    return dstates, states_from_groups(carry)
+
+
+def _through_states(
+    chunks: Chunks, decays: Decays, states: Tensor, dstates: Tensor, block: slice, grads: Gradients
+) -> None:
+    """Fill in what a block's tokens get through the states leaving their chunks."""
+    x_nQHP, dt_nQH, out_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.out_nQH[block]
+    n, _, H, _ = x_nQHP.shape
+    G = states.shape[1]
+    weight_nQH = dt_nQH * out_nQH
+    dstates_mNR = dstates[block].flatten(3).flatten(0, 1)
+    torch.bmm(scale_by_group(x_nQHP, weight_nQH, G), dstates_mNR.mT, out=grads.B_nGQN[block].flatten(0, 1))
+    dinflow = group_to_tokens(torch.bmm(chunks.B_nGQN[block].flatten(0, 1), dstates_mNR), n, H)
+    along_x_nQH = (dinflow * x_nQHP).sum(-1)
+    torch.mul(dinflow, weight_nQH[..., None], out=grads.x_nQHP[block])
+    torch.mul(along_x_nQH, out_nQH, out=grads.dt_nQH[block])
+    torch.mul(along_x_nQH, weight_nQH, out=grads.flow_out_nQH[block])
+    kept_nH = (states[block] * dstates[block]).sum((2, 4)).flatten(1)
+    torch.mul(kept_nH, decays.through_nH[block], out=grads.flow_through_nH[block])
+
+
+def _through_output(
+    chunks: Chunks, decays: Decays, states: Tensor, D: Tensor | None, dy_nQHP: Tensor, block: slice, grads: Gradients
+) -> None:
+    """Add what a block's tokens get through the outputs of their chunks."""
+    x_nQHP, dt_nQH, into_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.into_nQH[block]
+    n, Q, H, P = x_nQHP.shape
+    B_mQN, C_mQN = chunks.B_nGQN[block].flatten(0, 1), chunks.C_nGQN[block].flatten(0, 1)
+    states_mNR = states[block].flatten(3).flatten(0, 1)
+    G = states.shape[1]
+    column_nQH = dt_nQH * decays.fix_col_nQH[block]
+    dy_rQP = scale_by_head(dy_nQHP, decays.fix_row_nQH[block])
+    products_mhQQ = torch.bmm(C_mQN, B_mQN.mT)[:, None]
+    decay_mhQQ = decay_matrix(decays, block).view(n * G, -1, Q, Q)
+    dscores = torch.bmm(dy_rQP, scale_by_head(x_nQHP, column_nQH).mT).view_as(decay_mhQQ).mul_(decay_mhQQ)
+    dinflow_rQP = torch.bmm(decay_mhQQ.mul_(products_mhQQ).view(n * H, Q, Q).mT, dy_rQP)
+    dproducts_mQQ = dscores.sum(1)
+    flow = dscores.mul_(products_mhQQ).view(n, H, Q, Q)
+    flow.diagonal(dim1=-2, dim2=-1).zero_()
+
+    dC_mQN, dB_mQN = grads.C_nGQN[block].flatten(0, 1), grads.B_nGQN[block].flatten(0, 1)
+    torch.bmm(dproducts_mQQ, B_mQN, out=dC_mQN)
+    dC_mQN.baddbmm_(scale_by_group(dy_nQHP, into_nQH, G), states_mNR.mT)
+    dB_mQN.baddbmm_(dproducts_mQQ.mT, C_mQN)
+    from_state = group_to_tokens(torch.bmm(C_mQN, states_mNR), n, H)
+    within_nQH = (flow.sum(-1) - flow.sum(-2)).transpose(1, 2)
+    torch.addcmul(within_nQH, (from_state * dy_nQHP).sum(-1), into_nQH, out=grads.flow_in_nQH[block])
+
+    dinflow = dinflow_rQP.view(n, H, Q, P).transpose(1, 2)
+    grads.dt_nQH[block].addcmul_((dinflow * x_nQHP).sum(-1), decays.fix_col_nQH[block])
+    dx_nQHP = grads.x_nQHP[block]
+    dx_nQHP.addcmul_(dinflow, column_nQH[..., None])
+    if D is not None:
+        dx_nQHP.addcmul_(dy_nQHP.to(dx_nQHP.dtype), D.to(dx_nQHP.dtype).view(H, -1))
+        grads.D_HP.add_((dy_nQHP.to(dx_nQHP.dtype) * x_nQHP).sum((0, 1)))
+
+
+def _through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
+    """Turn flows into gradients of step sizes, `(n, Q, H)`, and of `A`, float64 until the last step."""
+    dlog_nQH = decays.sees_nQQ.mT @ grads.flow_in_nQH.double()
+    dlog_nQH += decays.sees_nQQ.tril(-1) @ grads.flow_out_nQH.double()
+    dlog_nQH += grads.flow_through_nH.double()[:, None]
+    if chunks.reset_nQ is not None:
+        dlog_nQH.masked_fill_(chunks.reset_nQ[..., None], 0.0)
+    dA_H = (dlog_nQH * chunks.dt_nQH).sum((0, 1))
+    return grads.dt_nQH + (dlog_nQH * A_H).to(grads.dt_nQH.dtype), dA_H

@@ -1,0 +1,145 @@
+"""How the chunked SSD path lays out its work: chunks, decays within a chunk, blocks of chunks, groups of heads.
+
+Letters beyond the house's: `n` chunks of all rows together, or of one block of them; `h` heads of one group. A
+matrix product over a whole group has `h * P` columns, so that heads share their group's B and C.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reference import state_dtype
+
+BLOCK_ELEMENTS = 1 << 18
+
+
+class Chunks(NamedTuple):
+    """Inputs cut into chunks of equal length: shapes `(n, Q, ...)`, and how many chunks a row has."""
+
+    x_nQHP: Tensor
+    dt_nQH: Tensor
+    B_nGQN: Tensor
+    C_nGQN: Tensor | None
+    reset_nQ: Tensor | None
+    num_rows: int
+
+    @property
+    def per_row(self) -> int:
+        """Number of chunks in one row of the batch."""
+        return self.x_nQHP.shape[0] // self.num_rows
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield slices of chunks whose `Q x Q` matrices of all heads stay within the processor's cache."""
+        n, Q, H, P = self.x_nQHP.shape
+        step = max(1, BLOCK_ELEMENTS // (H * Q * max(Q, P)))
+        for start in range(0, n, step):
+            yield slice(start, min(start + step, n))
+
+
+def chunk_length(L: int, P: int, N: int, at_most: int) -> int:
+    """Choose the chunk length: work within chunks grows with it, work on the states between them shrinks."""
+    best = 32 if P * N <= 2048 else 64
+    return min(best, at_most, L)
+
+
+def cut_into_chunks(
+    x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor | None, reset_BL: Tensor | None, chunk_size: int
+) -> Chunks:
+    """Cut a batch into chunks, padded at the end of each row by tokens with a step size of zero, which do nothing."""
+    B, L, _, P = x_BLHP.shape
+    dtype = state_dtype(x_BLHP)
+    Q = chunk_length(L, P, B_BLGN.shape[3], chunk_size)
+
+    def cut_by_group(value: Tensor) -> Tensor:
+        return cut(value, Q).transpose(1, 2).to(dtype).contiguous()
+
+    C = None if C_BLGN is None else cut_by_group(C_BLGN)
+    reset = None if reset_BL is None else cut(reset_BL, Q)
+    return Chunks(cut(x_BLHP, Q), cut(dt_BLH, Q).to(dtype), cut_by_group(B_BLGN), C, reset, B)
+
+
+def cut(value_BL: Tensor, Q: int) -> Tensor:
+    """Cut `(B, L, ...)` into chunks `(n, Q, ...)`, the last of each row padded with zeros."""
+    if value_BL.shape[1] % Q:
+        value_BL = F.pad(value_BL, (0, 0) * (value_BL.dim() - 2) + (0, -value_BL.shape[1] % Q))
+    return value_BL.reshape(-1, Q, *value_BL.shape[2:])
+
+
+class Decays(NamedTuple):
+    """Decay factors of all chunks, exact zeros across document starts.
+
+    Between tokens j <= q of a chunk the factor is `exp(log_q - log_j)`. Its logarithms are summed in float64 and
+    kept as a rounded value `log_nHQ` and two factors near 1, `fix_row_nQH` and `fix_col_nQH`, that undo the rounding:
+    the float32 result is then as good as multiplying the steps one by one.
+    """
+
+    log_nHQ: Tensor
+    fix_row_nQH: Tensor
+    fix_col_nQH: Tensor
+    bias_nQQ: Tensor  # 0 where token q sees token j, -inf elsewhere
+    sees_nQQ: Tensor  # the same as float64 ones and zeros
+    into_nQH: Tensor  # from the state entering the chunk to token q
+    out_nQH: Tensor  # from token j to the state leaving the chunk
+    through_nH: Tensor  # from the state entering the chunk to the state leaving it
+
+
+def compute_decays(dt_nQH: Tensor, A_H: Tensor, reset_nQ: Tensor | None) -> Decays:
+    """Compute the decay factors of all chunks from step sizes and `A`."""
+    Q, dtype = dt_nQH.shape[1], dt_nQH.dtype
+    sees = torch.ones(Q, Q, dtype=torch.bool, device=dt_nQH.device).tril()[None]
+    if reset_nQ is not None:
+        document_nQ = reset_nQ.cumsum(1)
+        sees = sees & (document_nQ[:, :, None] == document_nQ[:, None, :])
+    sees_nQQ = sees.double()
+    # Sums start anew at each document, by exact zeros: nothing of a document reaches another one, not even rounding.
+    log_nQH = sees_nQQ @ (dt_nQH.double() * A_H.double())
+    into, out, through = log_nQH.exp(), (log_nQH[:, -1:] - log_nQH).exp(), log_nQH[:, -1].exp()
+    if reset_nQ is not None:
+        into = into.masked_fill((document_nQ != 0)[..., None], 0.0)
+        out = out.masked_fill((document_nQ != document_nQ[:, -1:])[..., None], 0.0)
+        through = through.masked_fill(document_nQ[:, -1:] != 0, 0.0)
+    rounded_nQH = log_nQH.to(dtype)
+    error_nQH = (log_nQH - rounded_nQH).to(dtype)
+    return Decays(
+        log_nHQ=rounded_nQH.transpose(1, 2).contiguous(),
+        fix_row_nQH=1 + error_nQH,
+        fix_col_nQH=1 - error_nQH,
+        bias_nQQ=torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -torch.inf),
+        sees_nQQ=sees_nQQ,
+        into_nQH=into.to(dtype),
+        out_nQH=out.to(dtype),
+        through_nH=through.to(dtype),
+    )
+
+
+def decay_matrix(decays: Decays, block: slice) -> Tensor:
+    """Return `exp(log_q - log_j)` for all pairs j <= q of one document, 0 for all others, shape `(n, H, Q, Q)`."""
+    log_nHQ = decays.log_nHQ[block]
+    bias_nQQ = decays.bias_nQQ if decays.bias_nQQ.shape[0] == 1 else decays.bias_nQQ[block]
+    return (log_nHQ[..., :, None] - log_nHQ[..., None, :]).add_(bias_nQQ[:, None]).exp_()
+
+
+def scale_by_group(x_nQHP: Tensor, scale_nQH: Tensor, G: int) -> Tensor:
+    """Return `x * scale` laid out as `(n * G, Q, h * P)`, in the dtype of `scale`."""
+    n, Q, H, P = x_nQHP.shape
+    out = scale_nQH.new_empty(n, G, Q, H // G, P)
+    x_nGQhP = x_nQHP.unflatten(2, (G, -1)).transpose(1, 2)
+    torch.mul(x_nGQhP, scale_nQH.unflatten(2, (G, -1)).transpose(1, 2)[..., None], out=out)
+    return out.view(n * G, Q, -1)
+
+
+def scale_by_head(x_nQHP: Tensor, scale_nQH: Tensor) -> Tensor:
+    """Return `x * scale` laid out as `(n * H, Q, P)`, in the dtype of `scale`."""
+    n, Q, H, P = x_nQHP.shape
+    out = scale_nQH.new_empty(n, H, Q, P)
+    torch.mul(x_nQHP.transpose(1, 2), scale_nQH.transpose(1, 2)[..., None], out=out)
+    return out.view(n * H, Q, P)
+
+
+def group_to_tokens(value: Tensor, n: int, H: int) -> Tensor:
+    """Return `(n * G, Q, h * P)` as `(n, Q, H, P)`, the inverse of `scale_by_group`; a view when G is 1."""
+    G = value.shape[0] // n
+    return value.view(n, G, value.shape[1], H // G, -1).transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,44 @@
+"""SSD as an affine map of its state: what a stretch of tokens does to any state that enters it."""
+
+import torch
+from torch import Tensor
+
+from .reference import state_dtype
+
+
+def compose(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Join the summaries of two neighbouring stretches of one sequence, `(M2 M1, M2 S1 + S2)`.
+
+    Each is `(M_BH, S_BHPN)` as returned by `ssd_summary`; `later` follows `earlier`. Associative, with the unit
+    `(1, 0)`.
+    """
+    M2_BH, S2_BHPN = later
+    M1_BH, S1_BHPN = earlier
+    return M2_BH * M1_BH, torch.addcmul(S2_BHPN, M2_BH[..., None, None], S1_BHPN)
+
+
+def ssd_summary(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    *,
+    reset: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Summarise a stretch of tokens by `(M_BH, S_BHPN)`: the state leaving it is `M * (state entering it) + S`.
+
+    Shapes as in `ssd_scan`; results are float32 (float64 for float64 inputs), with gradients. `M` is exactly 0 when
+    a document starts anywhere in the stretch.
+    """
+    from .scan import ssd_scan
+
+    no_output_BLGN = torch.zeros_like(B_BLGN)
+    _, S_BHPN = ssd_scan(x_BLHP, dt_BLH, A_H, B_BLGN, no_output_BLGN, chunk_size=chunk_size, reset=reset)
+    return total_decay(dt_BLH.to(state_dtype(x_BLHP)), A_H, reset), S_BHPN
+
+
+def total_decay(dt_BLH: Tensor, A_H: Tensor, reset: Tensor | None) -> Tensor:
+    """Return `M_BH`, the product of all decays of `dt_BLH` (float32 or float64), 0 where `reset` has any True."""
+    M_BH = torch.exp(dt_BLH.sum(1) * A_H.to(dt_BLH.dtype))
+    return M_BH if reset is None else M_BH.masked_fill(reset.any(1)[:, None], 0.0)

@@ -1,0 +1,79 @@
+"""The command `headrace`: what it takes, and how it ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import UserError
+from . import commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a defect of ours, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"headrace: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("headrace: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (as `| head` does); closing stdout again at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each sets `run` to the function that carries it out."""
+    parser = argparse.ArgumentParser(prog="headrace", description="Pretrain state-space and hybrid language models.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = _command(subparsers, "prepare", commands.prepare, "turn a corpus into a tokenizer and token shards")
+    prepare.add_argument("--corpus", help="a folder of text, or 'stdlib': Python's own library (default)")
+    prepare.add_argument("--out", help="where the prepared data goes")
+    _add_overrides(prepare)
+
+    train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
+    train.add_argument("config", help="a TOML file")
+    train.add_argument("--nproc", type=int, help="start this many processes here (default: as torchrun or srun did, else 1)")
+    _add_overrides(train)
+
+    evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
+    _add_run(evaluate)
+
+    export = _command(subparsers, "export", commands.export, "write a checkpoint as a folder Hugging Face classes load")
+    _add_run(export)
+    export.add_argument("--out", help="the folder to write (default: hf/ in the run folder)")
+
+    generate = _command(subparsers, "generate", commands.generate, "let a checkpoint write")
+    _add_run(generate)
+    generate.add_argument("--prompt", default="", help="text to go on from")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that sum to p")
+    generate.add_argument("--seed", type=int, default=0)
+
+    report = _command(subparsers, "report", commands.report, "draw a run: report.html and PNG files")
+    report.add_argument("run", help="a run folder")
+    return parser
+
+
+def _command(subparsers, name: str, function, summary: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=function)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a config value, as train.steps=100")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="run", help="a run folder, or one of its checkpoints")

@@ -1,0 +1,98 @@
+"""What each command does; the heavy imports happen inside, so that `headrace --help` is instant."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """`headrace prepare`: corpus to tokenizer and shards."""
+    from ..data import PrepareConfig, prepare
+    from ..errors import UserError
+    from ..pretrain.config_io import apply_overrides, build
+
+    tables = apply_overrides({}, options.overrides)
+    tables |= {key: getattr(options, key) for key in ("corpus", "out") if getattr(options, key) is not None}
+    errors: list[str] = []
+    config = build(PrepareConfig, tables, errors)
+    errors += config.problems() if config else []
+    if errors or config is None:
+        raise UserError("; ".join(errors))
+    report = prepare(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join(report.lines()))
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """`headrace train`: one process of a run, or with --nproc the start of several."""
+    from ..pretrain.config import load_config
+
+    path = Path(options.config)
+    if options.nproc is not None and "RANK" not in os.environ:
+        from .local import run_processes
+
+        load_config(path, options.overrides, options.nproc)
+        return run_processes(["train", options.config, *options.overrides], options.nproc)
+
+    from ..parallel.mesh import start_world, stop_world
+    from ..pretrain.trainer import train
+
+    config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
+    world = start_world()
+    try:
+        progress = train(config, world)
+        if world.is_first:
+            print(f"{config.run.folder}: step {progress.step}, {progress.tokens:,} tokens", file=sys.stderr)
+    finally:
+        stop_world()
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`headrace eval`: bits per byte of the whole held-out split, kept in `results.json`."""
+    from ..parallel.mesh import start_world, stop_world
+    from ..pretrain.results import evaluate_run, format_results
+
+    world = start_world()
+    try:
+        results = evaluate_run(Path(options.run_folder), world)
+    finally:
+        stop_world()
+    print(format_results(results))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """`headrace export`: a folder for stock Hugging Face classes."""
+    from ..pretrain.hf import export_hf
+
+    print(export_hf(Path(options.run_folder), Path(options.out) if options.out else None))
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`headrace generate`: text from a checkpoint, as it is sampled."""
+    from ..pretrain.generate import GenerateConfig, generate_text, load_run
+
+    loaded = load_run(Path(options.run_folder))
+    config = GenerateConfig(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    print(options.prompt, end="", flush=True)
+    for piece in generate_text(loaded.model, loaded.tokenizer, options.prompt, config):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`headrace report`: the page that shows a run."""
+    from ..pretrain.report import write_report
+
+    print(write_report(Path(options.run)))
+    return 0

@@ -1,0 +1,1 @@
+"""Feed-forward layers: one file each, registered by one line in `model/registry.py`."""

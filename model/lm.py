@@ -1,0 +1,113 @@
+"""The language model."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..kernels import linear_cross_entropy
+from .block import Block
+from .config import ModelConfig
+from .init import Normal, generator_for
+from .linear import Embedding, Linear
+from .norms import RMSNorm
+from .rules import NO_DECAY_KINDS, ParameterKind, ParameterRule, ShardRule, collect_rules
+from .sequence import SequenceContext
+
+EMBEDDING_STD = 0.02
+
+
+class HybridLM(nn.Module):
+    """Embedding, residual layers by pattern, final norm, output head (absent when tied to the embedding).
+
+    Built on any device, the meta device included; every parameter holds NaN until `initialize` or a load.
+
+    Raises:
+        UserError: listing every problem of the configuration.
+        ValueError: when a parameter has no initialisation rule, naming it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if problems := config.problems():
+            raise UserError("the model cannot be built: " + " | ".join(problems))
+        self.config = config
+        vocab, width, eps = config.vocab_size, config.d_model, config.norm_eps
+        self.embed = Embedding(vocab, width)
+        self.layers = nn.ModuleList(
+            Block(layer.build(width, eps, index), width, eps) for index, layer in enumerate(config.layers)
+        )
+        self.norm = RMSNorm(width, eps)
+        self.lm_head = None if config.tie_embeddings else Linear(width, vocab, bias=False)
+        vocabulary = ShardRule(0, "vocabulary", vocab)
+        self.parameter_rules = {
+            "embed.weight": ParameterRule(Normal(EMBEDDING_STD), "embedding", vocabulary),
+            "lm_head.weight": ParameterRule(Normal(EMBEDDING_STD), "head", vocabulary),
+        }
+        self._rules = collect_rules(self)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        seq: SequenceContext | None = None,
+        targets_BL: Tensor | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or the summed loss.
+
+        Args:
+            tokens_BL: int64 token numbers.
+            seq: document starts and carried state; None: every row is one document.
+            targets_BL: int64 token to predict at each place, -100 for none.
+            last_only: logits of the last token of each row only.
+
+        Returns:
+            without targets, logits (B, L or 1, V), at least float32; with targets, the cross-entropy in nats summed
+            over the targets and their number, both float32 scalars. The logits are then never whole.
+        """
+        seq = SequenceContext() if seq is None else seq
+        x_BLD = self.embed(tokens_BL)
+        if self.config.residual_in_fp32:
+            x_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, seq)
+        seq.advance(tokens_BL.shape[1], tokens_BL.device, tokens_BL.shape[0])
+        if last_only:
+            x_BLD = x_BLD[:, -1:]
+        x_BLD = self.norm(x_BLD)
+        weight_VD = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        if targets_BL is not None:
+            return linear_cross_entropy(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
+        logits_BLV = F.linear(x_BLD, weight_VD)
+        return logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """First values of all parameters: (name, whole float32 CPU tensor), one at a time.
+
+        Each is a function of its name, the seed and its global shape, so every layout begins with the same model.
+        """
+        for name, parameter in self.named_parameters():
+            generator = generator_for(name, seed)
+            yield name, self._rules[name].init.draw(parameter.shape, generator, len(self.config.kinds))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Give all parameters their first values, in one process."""
+        parameters = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            parameters[name].copy_(value)
+
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
+        """Kind of every parameter by name: `matrix`, `embedding`, `head`, `conv`, `norm`, `bias` or `ssm`."""
+        return {name: rule.kind for name, rule in self._rules.items()}
+
+    def no_decay_names(self) -> set[str]:
+        """Parameters without weight decay: norms, biases, A_log, D and dt_bias."""
+        return {name for name, kind in self.parameter_kinds().items() if kind in NO_DECAY_KINDS}
+
+    def shard_rules(self) -> dict[str, ShardRule]:
+        """How tensor parallelism may cut each parameter, by name."""
+        return {name: rule.shard for name, rule in self._rules.items()}

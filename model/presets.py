@@ -1,0 +1,32 @@
+"""Published models, by name, with the sizes their authors released."""
+
+from .config import ModelConfig
+from .ffns.mlp import MLPConfig
+from .mixers.attention import AttentionConfig
+from .mixers.mamba2 import Mamba2Config
+from .pattern import from_megatron
+
+MAMBA2_HYBRID_8B = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+
+
+def _mamba2(d_model: int, num_layers: int) -> ModelConfig:
+    return ModelConfig(vocab_size=50288, d_model=d_model, pattern=f"{num_layers}*mamba2")
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "mamba2-130m": _mamba2(768, 24),
+    "mamba2-370m": _mamba2(1024, 48),
+    "mamba2-780m": _mamba2(1536, 48),
+    "mamba2-1.3b": _mamba2(2048, 48),
+    "mamba2-2.7b": _mamba2(2560, 64),
+    "mamba2-hybrid-8b": ModelConfig(
+        vocab_size=256000,
+        d_model=4096,
+        pattern=from_megatron(MAMBA2_HYBRID_8B),
+        tie_embeddings=False,
+        residual_in_fp32=False,
+        mamba2=Mamba2Config(num_groups=8),
+        attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
+        mlp=MLPConfig(d_hidden=16384, activation="gelu"),
+    ),
+}

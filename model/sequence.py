@@ -1,0 +1,75 @@
+"""What a layer may know about the tokens it is given beyond their vectors: documents, positions, carried state."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class LayerStates:
+    """What a stream carries from one piece of its rows to the next: one group of named tensors per layer.
+
+    A new object means "nothing came before". `HybridLM` updates it in place, so the same object is handed to the
+    forward of every following piece. Rows are independent: each may start new documents at other tokens.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, Tensor]] = {}
+        self.position_B: Tensor | None = None
+
+    def get(self, layer_index: int, name: str) -> Tensor | None:
+        """The named tensor of a layer, or None before the first piece."""
+        return self.layers.get(layer_index, {}).get(name)
+
+    def put(self, layer_index: int, **tensors: Tensor) -> None:
+        """Replace the named tensors of a layer."""
+        self.layers.setdefault(layer_index, {}).update(tensors)
+
+    def num_bytes(self) -> int:
+        """Bytes of all layers' tensors together."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.values())
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceContext:
+    """Document starts and carried state of a batch of rows; `SequenceContext()` is one document per row, no past.
+
+    Args:
+        reset_BL: bool, True at the first token of each document; None when only the rows' starts begin documents.
+            A row whose first token is not marked continues the stream in `states`, or starts from zero state.
+        states: carried state of a stream (decoding, or a long document in pieces); None in training.
+    """
+
+    reset_BL: Tensor | None = None  # noqa: N815
+    states: LayerStates | None = None
+    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()` once per context: what all layers of a forward pass need alike (masks, rotary tables)."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def position_BL(self, length: int, device: torch.device) -> Tensor:  # noqa: N802
+        """Position of each token in its document, int64; (1, L) when all rows are alike."""
+        return self.shared(("position", length), lambda: self._position(length, device))
+
+    def _position(self, length: int, device: torch.device) -> Tensor:
+        index_L = torch.arange(length, device=device)
+        past_B = None if self.states is None else self.states.position_B
+        first_B1 = torch.zeros(1, 1, dtype=torch.long, device=device) if past_B is None else -past_B[:, None]
+        if self.reset_BL is None:
+            return index_L - first_B1
+        # The index of the latest document start at or before each token; before any, that of the carried document.
+        start_BL = torch.where(self.reset_BL, index_L, first_B1).cummax(1).values
+        return index_L - start_BL
+
+    def advance(self, length: int, device: torch.device, rows: int) -> None:
+        """Note in `states` that these `length` tokens have passed; without states nothing happens."""
+        if self.states is not None:
+            last_B = self.position_BL(length, device)[:, -1]
+            self.states.position_B = (last_B + 1).expand(rows)

@@ -1,0 +1,56 @@
+"""Shard a model over the data axes (FSDP2) and fill it with its initial values."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..model.lm import HybridLM
+from .config import ParallelConfig
+
+
+def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+    """Shard every block, then what is left (embedding, last norm, head), over `mesh`, in place.
+
+    Parameters stay float32; with another `compute_dtype` each gather casts them, gradients are reduced in float32,
+    and submodules that say `keep_fp32` are gathered uncast as a group of their own.
+    """
+    mixed = compute_dtype != torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if mixed else None
+    options = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
+    for block in model.layers:
+        if mixed:
+            for module in block.modules():
+                if getattr(module, "keep_fp32", False):
+                    fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        fully_shard(block, **options, **({"mp_policy": policy} if policy else {}))
+    # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, **({"mp_policy": policy} if policy else {}))
+
+
+def materialise(model: HybridLM, device: torch.device, seed: int) -> None:
+    """Give a model built on the meta device its memory and its initial values, the same under every layout.
+
+    Every rank computes each full tensor and keeps its part, one tensor at a time; nothing is sent.
+
+    Raises:
+        RuntimeError: a parameter or buffer has no initial value.
+    """
+    model.to_empty(device=device)
+    pending = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, full in model.initial_values(seed):
+        target = pending.pop(name).detach()
+        full = full.to(device=device, dtype=target.dtype)
+        if isinstance(target, DTensor):
+            full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None).to_local()
+            target = target.to_local()
+        target.copy_(full)
+    if pending:
+        raise RuntimeError(f"no initial value for {', '.join(pending)}")
+
+
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the coming backward passes reduce gradients over the data axes, or only add them up locally."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(enabled)

@@ -1,0 +1,44 @@
+"""The norm of a sharded gradient, and clipping by it."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all gradients together, a float32 scalar, the same on every rank.
+
+    One all-reduce for each set of mesh axes that gradients are sharded over; no host synchronisation. Collective.
+    """
+    groups: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        axes: tuple = ()
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            axes = tuple(mesh.get_group(axis) for axis, p in enumerate(gradient.placements) if p.is_shard())
+            gradient = gradient.to_local()
+        groups[axes].append(gradient)
+    squares = []
+    for axes, parts in groups.items():
+        square = torch.stack(torch._foreach_norm(parts)).float().square().sum()
+        for group in axes:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def clip_gradients(gradients: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale all gradients by one factor so that their global norm is at most `max_norm` (0: leave them). Collective.
+
+    Returns:
+        The norm before clipping. Where it is not finite, so are the gradients: skip the update.
+    """
+    gradients = list(gradients)
+    norm = global_norm(gradients)
+    if max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+    return norm

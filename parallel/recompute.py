@@ -1,0 +1,41 @@
+"""Recompute activations in backward instead of keeping them, block by block."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ..model.lm import HybridLM
+
+Recompute = Literal["none", "full", "selective"]
+
+# What costs most to compute for the bytes it takes; Headrace's own operators are kept besides.
+SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def recompute_blocks(model: HybridLM, how: Recompute) -> None:
+    """Make every block recompute `how` much of its forward pass in backward, in place.
+
+    `full` keeps a block's input alone; `selective` keeps the outputs of matrix products, attention and scans too,
+    so that only elementwise work is done twice. Call before sharding: FSDP's hooks then stay outside.
+    """
+    if how == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.layers:
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    keep = operator in SAVED or getattr(operator, "namespace", "") == "headrace"
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

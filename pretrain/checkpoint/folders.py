@@ -1,0 +1,114 @@
+"""Checkpoint folders by step: naming, listing, making visible, removing."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .manifest import CheckpointDamagedError, CheckpointError, read_manifest
+from .pieces import PieceFile
+
+logger = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step-([0-9]{8,})")
+# Anything with this prefix is unfinished or on its way out: never listed, removed by the next save.
+_HIDDEN = ".tmp-"
+
+
+def step_name(step: int) -> str:
+    """The folder name of the checkpoint at `step`."""
+    return f"step-{step:08d}"
+
+
+def temporary_path(path: Path) -> Path:
+    """Where the checkpoint `path` is written before it is made visible."""
+    return path.with_name(_HIDDEN + path.name)
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in `folder`, oldest step first; empty where there is no such folder. Contents are not looked at."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the highest step in `folder`, or None."""
+    found = list_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Makes a finished checkpoint visible under its name, by one rename, so that it survives a power cut.
+
+    A checkpoint of the same step (of an earlier, abandoned continuation) makes way just before.
+    """
+    sync_folder(temporary)
+    if path.exists():
+        remove(path)
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+
+
+def prune(path: Path, keep_last: int) -> None:
+    """Removes all but the `keep_last` newest checkpoints beside `path`, never `path` itself; logs what cannot be removed."""
+    others = [other for other in list_checkpoints(path.parent) if other != path]
+    for old in others[: max(0, len(others) - (keep_last - 1))]:
+        try:
+            remove(old)
+        except OSError as error:
+            logger.warning("cannot remove the old checkpoint %s: %s", old, error.strerror or error)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint; it disappears from the list at once, before its files go one by one."""
+    hidden = path.with_name(f"{_HIDDEN}removed-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what interrupted saves left in `folder`."""
+    for path in folder.glob(f"{_HIDDEN}*step-*"):
+        shutil.rmtree(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def offering_previous(path: Path) -> Iterator[None]:
+    """Adds to a `CheckpointDamagedError` the name of the newest older checkpoint that is whole by manifest, sizes and headers."""
+    try:
+        yield
+    except CheckpointDamagedError as error:
+        older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
+        good = next(filter(_looks_whole, reversed(older)), None)
+        offer = f"the previous good checkpoint is {good}" if good else "there is no older good checkpoint beside it"
+        raise CheckpointDamagedError(f"{error}; {offer}") from error
+
+
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        for name, entry in read_manifest(path).files.items():
+            PieceFile(path, name, entry).close()
+    except CheckpointError:
+        return False
+    return True

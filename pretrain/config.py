@@ -1,0 +1,213 @@
+"""One configuration for a run: the tables of every folder, joined, read from TOML and checked as a whole."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..data.config import DataConfig
+from ..errors import UserError
+from ..model.config import ModelConfig
+from ..parallel.config import ParallelConfig
+from ..parallel.recompute import Recompute
+from .config_io import apply_overrides, build, format_toml, read_toml, to_tables
+from .optimizers.config import OptimizerConfig
+from .schedule import ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Who this run is: its name, where its folder lies, and the seed of everything random."""
+
+    name: str
+    root: str = "runs"
+    seed: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.root) / self.name
+
+    def problems(self) -> list[str]:
+        """Every field out of range."""
+        found = []
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name.startswith("."):
+            found.append(f"run.name={self.name!r} must be letters, digits, '.', '_' or '-', not starting with '.'")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"run.seed={self.seed} must be between 0 and 2^63-1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The size of a step and how it is computed.
+
+    Attributes:
+        steps: updates of the whole run.
+        batch_rows: rows in one update, over all processes.
+        micro_batch_rows: rows one process takes through the model at a time; 0 takes its whole share.
+        clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+        precision: `auto` is bfloat16 on CUDA and float32 elsewhere; parameters and state are float32 in both.
+        recompute: which activations a block recomputes in backward.
+        compile: compile each block with torch.compile.
+        nonfinite_limit: updates in a row that may be skipped for a non-finite gradient before the run stops.
+    """
+
+    steps: int
+    batch_rows: int
+    micro_batch_rows: int = 0
+    clip_norm: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: Recompute = "none"
+    compile: bool = False
+    nonfinite_limit: int = 10
+
+    def problems(self, data_ranks: int | None = None) -> list[str]:
+        """Every field out of range, or, for a known number of data-parallel ranks, that does not fit it."""
+        found = [
+            f"train.{name}={getattr(self, name)} must be at least {low}"
+            for name, low in (("steps", 1), ("batch_rows", 1), ("micro_batch_rows", 0), ("nonfinite_limit", 1))
+            if getattr(self, name) < low
+        ]
+        if self.clip_norm < 0:
+            found.append(f"train.clip_norm={self.clip_norm} must not be negative")
+        if found or data_ranks is None:
+            return found
+        if self.batch_rows % data_ranks:
+            below, above = self.batch_rows // data_ranks * data_ranks, -(-self.batch_rows // data_ranks) * data_ranks
+            choice = " or ".join(str(n) for n in (below, above) if n)
+            return [
+                f"train.batch_rows={self.batch_rows} does not split over {data_ranks} data-parallel ranks; use {choice}"
+            ]
+        share = self.batch_rows // data_ranks
+        if self.micro_batch_rows and share % self.micro_batch_rows:
+            fits = [n for n in range(1, share + 1) if share % n == 0]
+            return [
+                f"train.micro_batch_rows={self.micro_batch_rows} does not divide the {share} rows of each rank; "
+                f"use one of {fits}, or 0 for all"
+            ]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        every_steps: updates between evaluations during training; 0 turns them off.
+        max_tokens: held-out tokens read each time, whole documents; 0 reads all.
+        window: tokens scored in one forward pass; a document goes on from window to window with its state.
+    """
+
+    every_steps: int = 0
+    max_tokens: int = 0
+    window: int = 1024
+
+    def problems(self) -> list[str]:
+        """Every field out of range."""
+        found = [
+            f"eval.{name}={getattr(self, name)} must not be negative"
+            for name in ("every_steps", "max_tokens")
+            if getattr(self, name) < 0
+        ]
+        if self.window < 1:
+            found.append(f"eval.window={self.window} must be at least 1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save (0: only at the end) and how many checkpoints to keep."""
+
+    every_steps: int = 0
+    keep_last: int = 2
+
+    def problems(self) -> list[str]:
+        """Every field out of range."""
+        found = []
+        if self.every_steps < 0:
+            found.append(f"checkpoint.every_steps={self.every_steps} must not be negative")
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How often a line is written, and whether to wandb too."""
+
+    every_steps: int = 10
+    wandb: Literal["off", "offline", "online"] = "off"
+
+    def problems(self) -> list[str]:
+        """Every field out of range."""
+        return [] if self.every_steps >= 1 else [f"log.every_steps={self.every_steps} must be at least 1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def problems(self, world_size: int | None = None) -> list[str]:
+        """Everything wrong with this configuration, for `world_size` processes where that is known."""
+        return [
+            *self.run.problems(),
+            *self.model.problems(),
+            *self.data.problems(),
+            *self.train.problems(world_size),
+            *self.parallel.problems(world_size),
+            *self.optimizer.problems(),
+            *self.schedule.problems(self.train.steps),
+            *self.eval.problems(),
+            *self.checkpoint.problems(),
+            *self.log.problems(),
+        ]
+
+    def to_toml(self) -> str:
+        """TOML text that `load_config` reads back to an equal configuration."""
+        return format_toml(to_tables(self))
+
+    def differences(self, other: "Config", tables: Iterable[str]) -> list[str]:
+        """Lines `table.key: mine -> theirs` for each value in `tables` that differs."""
+        lines: list[str] = []
+        for table in tables:
+            _compare(to_tables(getattr(self, table)), to_tables(getattr(other, table)), table, lines)
+        return lines
+
+
+def _compare(mine: dict, theirs: dict, where: str, lines: list[str]) -> None:
+    for key in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            _compare(a, b, f"{where}.{key}", lines)
+        elif a != b:
+            lines.append(f"{where}.{key}: {a} -> {b}")
+
+
+def load_config(path: Path, overrides: Iterable[str] = (), world_size: int | None = None) -> Config:
+    """The configuration in a TOML file with `section.key=value` overrides applied, fully checked.
+
+    Raises:
+        UserError: lists every unknown key, wrong type and value out of range at once.
+    """
+    tables = apply_overrides(read_toml(path), overrides)
+    errors: list[str] = []
+    config = build(Config, tables, errors)
+    if config is not None:
+        errors += config.problems(world_size)
+    if errors or config is None:
+        listed = errors[0] if len(errors) == 1 else "\n  ".join([f"{len(errors)} mistakes", *errors])
+        raise UserError(f"{path}: {listed}", everywhere=True)
+    return config

@@ -1,0 +1,101 @@
+"""Held-out bits per byte, over whole documents, each with all the context it has."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..data import TokenDataset
+from ..model.lm import HybridLM
+from ..model.sequence import LayerStates, SequenceContext
+from ..parallel.comm import sum_over_ranks
+from ..parallel.mesh import World
+from .config import EvalConfig
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows of held-out text.
+
+    Attributes:
+        documents, tokens, text_bytes: what was read; tokens counts those predicted, the end of each document among them.
+        loss: mean cross-entropy in nats per token.
+        bits_per_byte: all the nats over the bytes of the text, in bits.
+    """
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    loss: float
+    bits_per_byte: float
+
+
+def choose_documents(dataset: TokenDataset, max_tokens: int) -> list[int]:
+    """The first documents that hold `max_tokens` together (0: all), at least one."""
+    chosen, total = [], 0
+    for index in range(dataset.num_documents):
+        chosen.append(index)
+        total += dataset.document_length(index)
+        if max_tokens and total >= max_tokens:
+            break
+    return chosen
+
+
+def share_documents(lengths: list[int], ranks: int, window: int) -> list[list[int]]:
+    """Positions in `lengths` for each rank, the longest first to the rank with the fewest windows so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = load.index(min(load))
+        shares[rank].append(position)
+        load[rank] += num_windows(lengths[position], window)
+    return shares
+
+
+def num_windows(length: int, window: int) -> int:
+    """Forward passes for a document of `length` tokens, of which all but the first are predicted."""
+    return -(-(length - 1) // window)
+
+
+@torch.no_grad()
+def evaluate(model: HybridLM, dataset: TokenDataset, config: EvalConfig, world: World) -> Evaluation:
+    """Score held-out documents with `model`, shared out over the ranks. Collective.
+
+    A document runs through the model in windows, the layers' states carried from one to the next. Every rank takes
+    the same number of forward passes, because the passes of a sharded model gather parameters together.
+    """
+    documents = choose_documents(dataset, config.max_tokens)
+    lengths = [dataset.document_length(index) for index in documents]
+    shares = share_documents(lengths, world.size, config.window)
+    passes = [sum(num_windows(lengths[p], config.window) for p in share) for share in shares]
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for position in shares[world.rank]:
+        totals += _score(model, torch.from_numpy(dataset.document(documents[position]).astype("int64")), config, world)
+    idle = torch.zeros(1, 1, dtype=torch.int64, device=world.device)
+    for _ in range(max(passes) - passes[world.rank]):
+        model(idle, SequenceContext(), idle)
+    model.train(was_training)
+    nats, tokens = sum_over_ranks(totals).tolist()
+    text_bytes = sum(dataset.document_bytes(index) for index in documents)
+    return Evaluation(
+        documents=len(documents),
+        tokens=int(tokens),
+        text_bytes=text_bytes,
+        loss=nats / tokens,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+    )
+
+
+def _score(model: HybridLM, document: torch.Tensor, config: EvalConfig, world: World) -> torch.Tensor:
+    """Nats and tokens of one document, as a float64 pair on the CPU."""
+    states = LayerStates()
+    document = document.to(world.device)[None]
+    total = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, document.shape[1] - 1, config.window):
+        stop = min(start + config.window, document.shape[1] - 1)
+        context = SequenceContext(states=states)
+        nats, tokens = model(document[:, start:stop], context, document[:, start + 1 : stop + 1])
+        total += torch.tensor([float(nats), float(tokens)], dtype=torch.float64)
+    return total

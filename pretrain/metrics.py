@@ -1,0 +1,82 @@
+"""Where the numbers of a run go: a progress line, `metrics.jsonl`, and wandb when it is asked for."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .config import Config
+
+
+class Metrics:
+    """Writes each record to `metrics.jsonl`, to the terminal and, when turned on, to wandb. Used on rank 0 only."""
+
+    def __init__(self, config: Config, path: Path) -> None:
+        self.total_steps = config.train.steps
+        self.file = path.open("a", encoding="utf-8")
+        self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
+
+    def train(self, record: dict[str, Any]) -> None:
+        """One update's record (see docs/metrics.md for its keys)."""
+        left = (self.total_steps - record["step"]) * record["seconds"]
+        skipped = f" | skipped {record['skipped']}" if record["skipped"] else ""
+        self._show(
+            f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | loss {record['loss']:.4f} | "
+            f"{record['tokens_per_s']:,.0f} tokens/s | {_clock(left)} left{skipped}"
+        )
+        self._write({"kind": "train", **record})
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """One held-out evaluation's record."""
+        self._show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
+        self._write({"kind": "eval", **record})
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _show(self, line: str) -> None:
+        stamp = time.strftime("%H:%M:%S")
+        print(f"{stamp} {line}", file=sys.stderr, flush=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            kind, step = record["kind"], record["step"]
+            self.wandb.log({f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}, step=step)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _start_wandb(config: Config) -> Any:
+    """A wandb run that goes by the run's name, the same one over restarts.
+
+    Raises:
+        UserError: wandb is not installed, or cannot be reached.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('log.wandb is on but wandb is not installed; pip install "headrace[wandb]"') from None
+    try:
+        return wandb.init(
+            project="headrace",
+            name=config.run.name,
+            id=config.run.name,
+            dir=str(config.run.folder),
+            mode=config.log.wandb,
+            resume="allow",
+            settings=wandb.Settings(init_timeout=30, silent=True),
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'wandb cannot be reached ({reason}); set log.wandb="offline" and sync the run later') from None

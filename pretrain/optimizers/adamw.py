@@ -1,0 +1,62 @@
+"""AdamW (Loshchilov and Hutter, arXiv:1711.05101) through PyTorch's fused kernel, on each rank's own part."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .sharded import like_parameter, local_part
+
+
+class AdamW:
+    """Torch's fused AdamW over local parts: the update is elementwise, so sharding does not change it.
+
+    Args:
+        parameters: name to parameter, plain or DTensor.
+        decayed: names that take weight decay.
+        lr: peak learning rate.
+        betas, eps, weight_decay: as in the paper's algorithm 2.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        decayed: frozenset[str],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.lr = lr
+        self.local = {name: local_part(parameter) for name, parameter in self.parameters.items()}
+        groups = [
+            {"params": [self.local[name] for name in self.local if (name in decayed) is with_decay], "weight_decay": decay}
+            for with_decay, decay in ((True, weight_decay), (False, 0.0))
+        ]
+        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+        for local in self.local.values():
+            self.inner.state[local] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local.device),
+                "exp_avg": torch.zeros_like(local),
+                "exp_avg_sq": torch.zeros_like(local),
+            }
+
+    def step(self, lr_scale: float, skip: torch.Tensor) -> None:
+        """See `Optimizer.step`; `found_inf` is the seam gradient scalers use to skip without synchronising."""
+        for name, parameter in self.parameters.items():
+            self.local[name].grad = None if parameter.grad is None else local_part(parameter.grad)
+        for group in self.inner.param_groups:
+            group["lr"] = self.lr * lr_scale
+        self.inner.found_inf = skip  # type: ignore[attr-defined]
+        self.inner.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Optimizer.state`."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            slots = self.inner.state[self.local[name]]
+            found[f"step.{name}"] = slots["step"]
+            for slot in ("exp_avg", "exp_avg_sq"):
+                found[f"{slot}.{name}"] = like_parameter(slots[slot], parameter)
+        return found

@@ -1,0 +1,133 @@
+"""The run folder: one process at a time, a record of what ran, and metrics that never show a step twice."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from .. import __version__
+from ..errors import UserError
+from .config import Config, load_config
+
+# A resumed run must compute what the first start would have. These may change all the same: how it is computed,
+# and how long it goes on.
+FREE_TO_CHANGE = {"train.steps", "train.micro_batch_rows", "train.recompute", "train.compile", "train.nonfinite_limit"}
+
+
+@dataclass
+class RunFolder:
+    """`runs/<name>/` and the lock that keeps a second process out of it. Used on rank 0 only."""
+
+    path: Path
+    lock: IO[str]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def close(self) -> None:
+        """Let the next process in."""
+        self.lock.close()
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """The run folder of `config`, made if need be and locked; the lock falls with the process.
+
+    Raises:
+        UserError: another process uses the folder, the folder cannot be made, or it holds a run whose
+            configuration differs in what determines the result.
+    """
+    path = config.run.folder
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run folder {path} cannot be used: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"run folder {path} is in use by {owner}; wait for it, or choose another run.name") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    saved = path / "config.toml"
+    if saved.exists() and any((path / "checkpoints").glob("step-*")):
+        differences = load_config(saved).differences(config, ("model", "data", "optimizer", "train"))
+        if changed := [line for line in differences if line.partition(":")[0] not in FREE_TO_CHANGE]:
+            lock.close()
+            raise UserError(
+                f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
+                f"choose another run.name, or delete the folder to start over"
+            )
+    return RunFolder(path, lock)
+
+
+def write_record(folder: RunFolder, config: Config, facts: dict[str, Any]) -> None:
+    """Write `config.toml` and `manifest.json`: versions, commit, seed, and the given `facts`."""
+    replace_file(folder.path / "config.toml", config.to_toml())
+    record = {
+        "headrace": __version__,
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in ("torch", "numpy", "safetensors", "sentencepiece")},
+        "seed": config.run.seed,
+        **facts,
+    }
+    replace_file(folder.path / "manifest.json", json.dumps(record, indent=2) + "\n")
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, and a half-written last one: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    replace_file(path, "".join(kept))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with `+changes` where it was changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed.strip() else "")

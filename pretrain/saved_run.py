@@ -1,0 +1,120 @@
+"""Finds what a run left behind, and loads its model and tokenizer into one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data import Tokenizer
+from ..errors import UserError
+from ..model.config import ModelConfig
+from ..model.lm import HybridLM
+from .checkpoint import latest_checkpoint, load_full
+from .config import Config, load_config
+
+MODEL_PREFIX = "model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """One checkpoint of a run with the run's configuration and tokenizer."""
+
+    folder: Path
+    checkpoint: Path
+    config: Config
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer the run's data was made with."""
+        return self.folder / "tokenizer.model"
+
+
+def find_run(source: str | Path) -> SavedRun:
+    """The latest checkpoint of a run folder, or the one whose folder is given (`runs/NAME/checkpoints/step-N`).
+
+    Raises:
+        UserError: no such folder, no configuration in it, or no checkpoint yet.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise UserError(f"{source} does not exist; give a run folder (runs/NAME) or one of its checkpoints")
+    if (source / "config.toml").exists():
+        checkpoint = latest_checkpoint(source / "checkpoints")
+        if checkpoint is None:
+            raise UserError(f"{source} holds no checkpoint; let the run reach its first save")
+        return SavedRun(folder=source, checkpoint=checkpoint, config=load_config(source / "config.toml"))
+    folder = source.resolve().parent.parent
+    if not (source / "manifest.json").exists() or not (folder / "config.toml").exists():
+        raise UserError(f"{source} is no run folder and no checkpoint in one; give runs/NAME or a step folder in it")
+    return SavedRun(folder=folder, checkpoint=source, config=load_config(folder / "config.toml"))
+
+
+def load_tokenizer(run: SavedRun) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises:
+        UserError: it is missing or unreadable, or has more pieces than the model has rows in its vocabulary.
+    """
+    tokenizer = Tokenizer.load(run.tokenizer_path)
+    check_vocabulary(tokenizer.vocab_size, run.config.model, run.tokenizer_path)
+    return tokenizer
+
+
+def check_vocabulary(num_pieces: int, config: ModelConfig, path: Path) -> None:
+    """Raises `UserError` where a tokenizer of `num_pieces` gives ids that the model does not know."""
+    if num_pieces > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {num_pieces} pieces, the model knows {config.vocab_size}; "
+            "it is not the tokenizer this model was trained with"
+        )
+
+
+def load_weights(run: SavedRun, shapes: dict[str, torch.Size], names: list[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of the model from the checkpoint, by parameter name; those in `names`, or all in `shapes`.
+
+    Raises:
+        UserError: the checkpoint holds other parameters or shapes than the configuration asks for.
+    """
+    names = list(shapes) if names is None else names
+    try:
+        loaded = load_full(run.checkpoint, [MODEL_PREFIX + name for name in names])
+    except KeyError as error:
+        raise UserError(f"{run.checkpoint}: {error.args[0]}; it does not belong to {run.folder}/config.toml") from error
+    weights = {name: loaded.get(MODEL_PREFIX + name) for name in names}
+    wrong = [name for name, tensor in weights.items() if tensor is None or tensor.shape != shapes[name]]
+    if wrong:
+        raise UserError(
+            f"{run.checkpoint}: {', '.join(wrong[:3])} {'and others ' if len(wrong) > 3 else ''}missing or of another "
+            f"shape; it does not belong to {run.folder}/config.toml"
+        )
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and global shape of every parameter of a model, without building it."""
+    with torch.device("meta"):
+        model = HybridLM(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def model_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> HybridLM:
+    """A model that holds `weights` (not copied), in evaluation mode."""
+    with torch.device("meta"):
+        model = HybridLM(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def load_run(source: str | Path, *, device: str | torch.device = "cpu") -> tuple[HybridLM, Tokenizer, Config]:
+    """Model (float32, evaluation mode), tokenizer and configuration of a run folder or of one of its checkpoints.
+
+    Raises:
+        UserError: as `find_run`, `load_tokenizer` and `load_weights`.
+    """
+    run = find_run(source)
+    tokenizer = load_tokenizer(run)
+    weights = load_weights(run, parameter_shapes(run.config.model))
+    return model_from_weights(run.config.model, weights).to(device), tokenizer, run.config

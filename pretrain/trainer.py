@@ -1,0 +1,129 @@
+"""The training loop: the whole run is `train`, on one page."""
+
+import math
+import time
+from dataclasses import asdict
+
+import torch
+
+from ..data import Batch
+from ..errors import UserError
+from ..model.sequence import SequenceContext
+from ..parallel.comm import sum_over_ranks
+from ..parallel.fsdp import sync_gradients
+from ..parallel.grads import clip_gradients
+from ..parallel.mesh import World
+from .config import Config
+from .evaluate import evaluate
+from .resume import Progress
+from .run import Run, build_run
+
+
+def train(config: Config, world: World) -> Progress:
+    """Train until `config.train.steps`, from the newest checkpoint of the run folder if it has one. Collective.
+
+    Raises:
+        UserError: for anything the user can put right.
+    """
+    run = build_run(config, world)
+    progress, steps = run.progress, config.train.steps
+    skipped_in_a_row = torch.zeros((), device=world.device)
+    skipped = torch.zeros((), device=world.device)
+    try:
+        while progress.step < steps:
+            started = time.perf_counter()
+            loss_sum, targets = forward_backward(run, next(run.loader))
+            norm = clip_gradients([p.grad for p in run.model.parameters()], config.train.clip_norm)
+            skip = (~norm.isfinite()).float()
+            for optimizer in run.optimizers:
+                optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)
+            run.model.zero_grad(set_to_none=True)
+            skipped += skip
+            skipped_in_a_row = (skipped_in_a_row + skip) * skip
+
+            progress.step += 1
+            progress.next_row += config.train.batch_rows
+            progress.tokens += targets
+            if due(progress.step, config.log.every_steps, steps):
+                progress.skipped += int(skipped)
+                skipped.zero_()
+                report_step(run, loss_sum, targets, norm, time.perf_counter() - started)
+                check_finite(config, progress, int(skipped_in_a_row))
+            if config.eval.every_steps and due(progress.step, config.eval.every_steps, steps):
+                report_heldout(run)
+            if due(progress.step, config.checkpoint.every_steps, steps):
+                run.save()
+    finally:
+        run.close()
+    return progress
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every `every` steps (0: only at the end) and after the `last` is done after `step`."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def forward_backward(run: Run, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Add up the gradients of one batch's mean loss per target token. Collective.
+
+    The mean is over the targets of all ranks and micro-batches together, so it does not depend on how rows are dealt.
+
+    Returns:
+        This rank's summed loss (a device scalar, float32) and the number of targets on all ranks.
+    """
+    device = run.world.device
+    targets = int(sum_over_ranks((batch.targets_BL != -100).sum()))
+    # FSDP averages gradients over the ranks; the loss is summed over them.
+    scale = run.world.size / max(1, targets)
+    rows = batch.tokens_BL.shape[0]
+    micro = run.config.train.micro_batch_rows or rows
+    total = torch.zeros((), device=device)
+    for start in range(0, rows, micro):
+        sync_gradients(run.model, start + micro >= rows)
+        tokens_BL, targets_BL, reset_BL = (
+            t[start : start + micro].to(device, non_blocking=True)
+            for t in (batch.tokens_BL, batch.targets_BL, batch.reset_BL)
+        )
+        loss_sum, _ = run.model(tokens_BL, SequenceContext(reset_BL=reset_BL), targets_BL)
+        (loss_sum * scale).backward()
+        total += loss_sum.detach()
+    return total, targets
+
+
+def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, seconds: float) -> None:
+    """Write this step's record. Collective."""
+    loss = float(sum_over_ranks(loss_sum)) / max(1, targets)
+    progress, config = run.progress, run.config
+    if run.metrics is not None:
+        run.metrics.train(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": loss if math.isfinite(loss) else None,
+                "lr": config.optimizer.lr * config.schedule.scale(progress.step, config.train.steps),
+                "grad_norm": float(norm) if math.isfinite(norm) else None,
+                "tokens_per_s": targets / seconds,
+                "seconds": seconds,
+                "skipped": progress.skipped,
+            }
+        )
+
+
+def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> None:
+    """Stop a run whose gradients stay non-finite.
+
+    Raises:
+        UserError: as many updates in a row were skipped as `train.nonfinite_limit` allows.
+    """
+    if skipped_in_a_row >= config.train.nonfinite_limit:
+        raise UserError(
+            f"{skipped_in_a_row} updates in a row up to step {progress.step} had a non-finite gradient and were skipped; "
+            f"lower optimizer.lr or train.clip_norm and start again from a checkpoint in {config.run.folder}"
+        )
+
+
+def report_heldout(run: Run) -> None:
+    """Evaluate and write the record. Collective."""
+    found = evaluate(run.model, run.heldout, run.config.eval, run.world)
+    if run.metrics is not None:
+        run.metrics.evaluation({"step": run.progress.step, "tokens": run.progress.tokens} | asdict(found))

@@ -1,0 +1,37 @@
+"""What every test may use: the gloo worker pool, the hypothesis profile, and the rule for GPU tests."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+from gloo_pool import GlooPool
+
+# No deadline: the first example pays for imports and warm-up. In CI the same examples are drawn every time.
+hypothesis.settings.register_profile("headrace", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("headrace")
+
+# Several test processes and gloo workers share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Callable]:
+    """`gloo(world_size, function, *args, timeout_s=60)`: runs a top-level function on that many ranks of a fresh group.
+
+    Returns the list of results by rank. See `gloo_pool.GlooPool.run`.
+    """
+    pool = GlooPool()
+    yield pool.run
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no CUDA device, and says so."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; none is visible")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,223 @@
+"""A pool of worker processes that run test functions as the ranks of a gloo process group.
+
+Workers start when first needed and stay for the whole test session, so a distributed test costs milliseconds instead of
+an interpreter start and an `import torch` for every rank. A function travels as (module, file, name): the worker loads
+the file itself, so functions in test modules can be sent although those modules are on no import path.
+"""
+
+import importlib
+import importlib.util
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MAX_WORKERS = 8
+# After one rank fails, its peers get this long to fail by themselves before they are killed.
+GRACE_S = 5.0
+
+
+class WorkerError(AssertionError):
+    """At least one rank raised, died or ran out of time; the message carries each rank's traceback."""
+
+
+@dataclass
+class _Worker:
+    """One worker process and the parent's end of its socket."""
+
+    process: subprocess.Popen[bytes]
+    link: Connection
+
+    def stop(self) -> None:
+        self.link.close()
+        try:
+            self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class GlooPool:
+    """Up to `MAX_WORKERS` workers of one thread each; `run` uses the first `world_size` of them.
+
+    Use it through the fixture `gloo`. Not safe to share between threads.
+    """
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """Calls `function(*args)` on `world_size` ranks of a fresh gloo group; returns the results in rank order.
+
+        `function` is a top-level function of any module; `args` and results are pickled. Inside, `torch.distributed`
+        is initialised (rank, world size, a FileStore in a fresh folder) and is torn down afterwards.
+        Raises `WorkerError` when a rank raises, dies, or is not done after `timeout_s`; a worker that does not come
+        back is replaced, so the next call starts clean.
+        """
+        if not 1 <= world_size <= MAX_WORKERS:
+            raise ValueError(f"world_size={world_size} is outside 1..{MAX_WORKERS}")
+        while len(self._workers) < world_size:
+            self._workers.append(_start_worker())
+        folder = tempfile.mkdtemp(prefix="gloo-")
+        try:
+            address = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
+            payload = pickle.dumps(args)
+            for rank, worker in enumerate(self._workers[:world_size]):
+                call = (address, rank, world_size, str(Path(folder, "store")), timeout_s)
+                worker.link.send_bytes(pickle.dumps(call))
+                worker.link.send_bytes(payload)
+            replies = self._collect(world_size, timeout_s)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        failures = [(rank, text) for rank, (good, text) in replies.items() if not good]
+        if failures:  # dictionaries keep order: the rank that failed first is the likely cause, and comes first
+            name = function.__qualname__
+            raise WorkerError("".join(f"\n--- rank {rank} of {world_size} in {name} ---\n{t}" for rank, t in failures))
+        return [replies[rank][1] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """Ends every worker."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.stop()
+        self._workers.clear()
+
+    def _collect(self, world_size: int, timeout_s: float) -> dict[int, tuple[bool, Any]]:
+        """Replies by rank, in order of arrival: (True, result) or (False, what went wrong)."""
+        deadline = time.monotonic() + timeout_s
+        pending = {self._workers[rank].link: rank for rank in range(world_size)}
+        replies: dict[int, tuple[bool, Any]] = {}
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for link in ready:
+                assert isinstance(link, Connection)
+                rank = pending.pop(link)
+                try:
+                    replies[rank] = pickle.loads(link.recv_bytes())
+                except (EOFError, OSError):
+                    code = self._replace(rank)
+                    replies[rank] = (False, f"the worker process died (exit status {code})\n")
+                if not replies[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        for rank in pending.values():
+            self._replace(rank)
+            replies[rank] = (False, f"did not finish (limit {timeout_s:g} s, {GRACE_S:g} s after a peer's failure)\n")
+        return replies
+
+    def _replace(self, rank: int) -> int | None:
+        """Ends a worker and starts another in its place; returns the old one's exit status."""
+        old = self._workers[rank]
+        old.stop()
+        self._workers[rank] = _start_worker()
+        return old.process.returncode
+
+
+def _start_worker() -> _Worker:
+    parent, child = socket.socketpair()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, __file__, str(child.fileno()), str(os.getpid())]
+    process = subprocess.Popen(command, pass_fds=[child.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    child.close()
+    return _Worker(process, Connection(parent.detach()))
+
+
+def _serve(descriptor: int, parent: int) -> None:
+    """The worker: runs one call after another until the other end of the socket closes."""
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+    link = Connection(descriptor)
+    while True:
+        try:
+            call = pickle.loads(link.recv_bytes())
+            payload = link.recv_bytes()
+        except EOFError:
+            return
+        try:
+            reply = pickle.dumps((True, _call(*call, payload)))
+        except BaseException:
+            reply = pickle.dumps((False, traceback.format_exc()))
+        try:
+            link.send_bytes(reply)
+        except BrokenPipeError:
+            return
+
+
+def _exit_with(parent: int) -> None:
+    """Ends this process when the test session is gone, even if killed while this worker was stuck in a collective."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _call(
+    address: tuple[str, str, str], rank: int, world_size: int, store: str, timeout_s: float, payload: bytes
+) -> Any:
+    import torch.distributed as dist
+
+    module, file, name = address
+    function: Any = _load_module(module, file)
+    for part in name.split("."):
+        function = getattr(function, part)
+    args = pickle.loads(payload)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Drops DTensor's cached sharding decisions: they hold meshes whose process groups no longer exist."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+
+
+def _load_module(name: str, file: str) -> ModuleType:
+    """The module `name`, imported by name or, for a test module, from its file under the name it has in the parent."""
+    if name in sys.modules:
+        return sys.modules[name]
+    root = Path(__file__).parent
+    if root not in Path(file).parents:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,76 @@
+"""The worker pool itself: results, failures, deaths and hangs."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_pool import GlooPool, WorkerError
+
+
+@dataclass
+class Payload:
+    value: torch.Tensor
+
+
+def _sum_ranks(payload: Payload) -> Payload:
+    total = payload.value + dist.get_rank()
+    dist.all_reduce(total)
+    return Payload(total)
+
+
+def _fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ZeroDivisionError("the marker text")
+    dist.barrier()
+
+
+def _die_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(7)
+    dist.barrier()
+
+
+def _hang_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(600)
+
+
+def _pid() -> int:
+    assert torch.get_num_threads() == 1
+    return os.getpid()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_runs_on_every_rank_and_keeps_its_workers(gloo):
+    results = gloo(3, _sum_ranks, Payload(torch.ones(2)))
+    assert [result.value.tolist() for result in results] == [[6.0, 6.0]] * 3
+    assert gloo(2, _pid) == gloo(3, _pid)[:2]
+
+
+def test_failures_name_the_rank_and_leave_the_pool_usable(gloo):
+    with pytest.raises(WorkerError, match=r"rank 1 of 2 in _fail_on[\s\S]*the marker text"):
+        gloo(2, _fail_on, 1)
+    with pytest.raises(WorkerError, match=r"rank 0[\s\S]*exit status 7"):
+        gloo(2, _die_on, 0)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 1[\s\S]*did not finish"):
+        gloo(2, _hang_on, 1, timeout_s=1.0)
+    assert time.monotonic() - started < 20
+    assert len(gloo(2, _pid)) == 2
+
+
+def test_close_leaves_no_process():
+    pool = GlooPool()
+    pids = pool.run(2, _pid)
+    pool.close()
+    assert not any(_alive(pid) for pid in pids)
