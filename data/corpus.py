@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import importlib
 import json
+import os
 import platform
 import sysconfig
 import zlib
@@ -58,17 +60,13 @@ class Corpus:
             raise UserError(f'corpus "{config.corpus}" is not a folder; give "stdlib" or a folder with text files')
         suffixes = (".py",) if stdlib else (*RECORD_SUFFIXES, *config.text_suffixes)
         excluded = {"site-packages", "dist-packages"} if stdlib else set()
-        paths = []
-        self.num_ignored = 0
-        for path in self.root.rglob("*"):
-            relative = path.relative_to(self.root)
-            if excluded.intersection(relative.parts) or not path.is_file():
-                continue
-            if path.name.lower().endswith(suffixes):
-                paths.append(relative.as_posix())
-            else:
-                self.num_ignored += 1
-        self.files = sorted(paths)
+        try:
+            self.sizes, ignored_files = _list_files(self.root, suffixes, excluded)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}; correct its permissions") from None
+        self.files = sorted(self.sizes)
+        # The standard library is its Python files by definition; what else lies there is nobody's mistake.
+        self.num_ignored = 0 if stdlib else ignored_files
         if not self.files:
             ignored = f" ({self.num_ignored} files of other kinds are there)" if self.num_ignored else ""
             raise UserError(
@@ -80,7 +78,7 @@ class Corpus:
         """A hash of all file names and sizes: it tells another corpus, or a changed one, without reading it."""
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
-            digest.update(f"{file}\0{(self.root / file).stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{file}\0{self.sizes[file]}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def documents(self, file: str, counts: ReadCounts) -> Iterator[Document]:
@@ -93,7 +91,7 @@ class Corpus:
             if suffix is None:
                 texts: Iterator[tuple[int | None, str]] = iter([(None, self._whole(file, counts))])
             elif suffix == ".parquet":
-                texts = self._parquet(file)
+                texts = self._parquet(file, counts)
             else:
                 texts = self._jsonl(file, suffix, counts)
             for record, text in texts:
@@ -138,24 +136,44 @@ class Corpus:
             )
         return text
 
-    def _parquet(self, file: str) -> Iterator[tuple[int, str]]:
+    def _parquet(self, file: str, counts: ReadCounts) -> Iterator[tuple[int, str]]:
         parquet = _import("pyarrow.parquet", "pyarrow", file)
-        arrow_error = _import("pyarrow", "pyarrow", file).ArrowException
+        arrow = _import("pyarrow", "pyarrow", file)
         path, name = self.root / file, self.config.text_field
         number = 0
         try:
             with parquet.ParquetFile(path) as table:
                 if name not in table.schema_arrow.names:
                     raise UserError(f'{path}: no column "{name}"; name the column that holds the text in text_field')
+                kind = table.schema_arrow.field(name).type
+                if kind not in (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary()):
+                    raise UserError(f'{path}: column "{name}" holds {kind}, not text; name another in text_field')
                 for batch in table.iter_batches(batch_size=256, columns=[name]):
-                    for text in batch.column(0).to_pylist():
-                        if not isinstance(text, str | None):
-                            raise UserError(f'{path}, record {number}: column "{name}" holds no text; give text_field')
-                        yield number, text or ""
+                    # As bytes: Arrow's own conversion to text fails as a whole where one byte is not UTF-8.
+                    for data in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                        yield number, counts.decode(data or b"", file)
                         number += 1
-        except (arrow_error, UnicodeDecodeError) as error:
+        except (arrow.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path}, near record {number}: damaged parquet ({reason}); {_REPLACE}") from None
+
+
+def _list_files(root: Path, suffixes: tuple[str, ...], excluded: set[str]) -> tuple[dict[str, int], int]:
+    """Sizes of the files below `root` that end in one of `suffixes`, by relative path, and the number of others."""
+    sizes, num_others = {}, 0
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        subfolders[:] = [name for name in subfolders if name not in excluded]
+        for name in names:
+            path = Path(folder, name)
+            if name.lower().endswith(suffixes) and path.is_file():
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+            else:
+                num_others += 1
+    return sizes, num_others
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 _REPLACE = "copy the file again or remove it"
@@ -166,8 +184,6 @@ class _BadFrameError(Exception):
 
 
 def _import(module: str, package: str, file: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError:

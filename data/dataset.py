@@ -76,6 +76,11 @@ class TokenDataset:
         shard, place = self._locate(i)
         return shard.document(place)
 
+    def document_length(self, i: int) -> int:
+        """The tokens of document `i`, BOS and EOS included, from the index alone."""
+        shard, place = self._locate(i)
+        return int(shard.num_tokens[place])
+
     def document_bytes(self, i: int) -> int:
         """The bytes of UTF-8 text that document `i` stands for."""
         shard, place = self._locate(i)
@@ -137,7 +142,7 @@ class Shard:
         name = member_name(place, self.dtype)
         if info is None or info.type != tarfile.REGTYPE or info.name != name or info.size != tokens.nbytes:
             raise UserError(f"{self.path}, member {name}: its tar header was changed; {_REMEDY}")
-        if zlib.crc32(tokens) != self.crc32[place]:
+        if zlib.crc32(tokens.data) != self.crc32[place]:
             raise UserError(f"{self.path}, member {name}: its tokens were changed (CRC-32 differs); {_REMEDY}")
 
 
@@ -181,7 +186,7 @@ def _read_index(path: Path, entry: ShardEntry, dtype: str) -> dict[str, np.ndarr
 
 def _index_fault(data: bytes, columns: dict[str, np.ndarray], entry: ShardEntry, dtype: str) -> str | None:
     """What is wrong with an index whose bytes are those of the manifest: the manifest may be forged as well."""
-    if {name: column.dtype for name, column in columns.items()} != {n: np.dtype(d) for n, d in INDEX_COLUMNS.items()}:
+    if {name: column.dtype for name, column in columns.items()} != INDEX_COLUMNS:
         return "its columns are not those of an index"
     if any(column.shape != (entry.num_documents,) for column in columns.values()):
         return f"it has not {entry.num_documents} documents"

@@ -6,6 +6,7 @@ with arbitrary finite domains", CT-RSA 2002, "cycle-walking").
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -83,21 +84,23 @@ def _mix_array(values: np.ndarray) -> np.ndarray:
 
 
 class LeastRecentlyUsed:
-    """A bounded cache: the entry not asked for longest is dropped when `size` is passed."""
+    """A bounded cache for several threads: the entry not asked for longest is dropped when `size` is passed."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.RLock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The entry of `key`, made by `make()` when it is not there."""
-        if key in self.entries:
-            self.entries.move_to_end(key)
-            return self.entries[key]
-        entry = self.entries[key] = make()
-        if len(self.entries) > self.size:
-            self.entries.popitem(last=False)
-        return entry
+        with self._lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+                return self.entries[key]
+            entry = self.entries[key] = make()
+            if len(self.entries) > self.size:
+                self.entries.popitem(last=False)
+            return entry
 
 
 class RowAddress(NamedTuple):

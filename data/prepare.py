@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from .config import PrepareConfig
 from .corpus import Corpus, Document, ReadCounts
+from .dataset import TokenDataset, check_tokenizer
 from .manifest import FORMAT, MANIFEST, SPLITS, TOKENIZER, read_manifest, write_manifest
 from .shards import ShardWriter, write_file
 from .tokenizer import Tokenizer
@@ -27,15 +29,21 @@ SCAN_BYTES = 1 << 29
 BATCH_CHARACTERS = 1 << 22
 BASELINE_BYTES = 64 << 20
 LISTED_FILES = 100
+SAY_EVERY_S = 2
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """What `prepare` wrote, or found already there (`reused`): the folder, the seconds it took, its manifest."""
+    """What `prepare` wrote, or found already there (`reused`): the folder, the seconds it took, its manifest.
+
+    `corpus` names the corpus; `num_ignored` counts its files of other kinds.
+    """
 
     out: Path
+    corpus: str
+    num_ignored: int
     reused: bool
     seconds: float
     manifest: dict[str, Any]
@@ -50,7 +58,8 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """The report for a person, one fact a line."""
         corpus, splits = self.manifest["corpus"], self.manifest["splits"]
-        text = [f"corpus: {corpus['name']}, {corpus['num_files']} files, {corpus['num_ignored']} other files ignored"]
+        ignored = f", {self.num_ignored} files of other kinds ignored" if self.num_ignored else ""
+        text = [f"corpus: {self.corpus}, {corpus['num_files']} files{ignored}"]
         for name in SPLITS:
             part = splits[name]
             if part["num_tokens"]:
@@ -90,7 +99,7 @@ def prepare(config: PrepareConfig, *, say: Say = lambda line: None) -> PrepareRe
     inputs = _inputs(config, corpus, given)
     reused = out.exists() and bool(_check_finished(out, inputs))
     if not reused:
-        aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+        aside = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
         try:
             _write_folder(aside, config, corpus, given, inputs, say)
             os.rename(aside, out)
@@ -102,6 +111,8 @@ def prepare(config: PrepareConfig, *, say: Say = lambda line: None) -> PrepareRe
     manifest = read_manifest(out)
     return PrepareReport(
         out=out,
+        corpus=corpus.name,
+        num_ignored=corpus.num_ignored,
         reused=reused,
         seconds=time.perf_counter() - started,
         manifest=dict(manifest.values),
@@ -123,13 +134,16 @@ def _check_finished(out: Path, inputs: dict[str, Any]) -> bool:
     """True when `out` was made from `inputs`; UserError when something else is there."""
     if not (out / MANIFEST).exists():
         raise UserError(f"{out} exists and holds no prepared data; choose another out, or remove it")
-    there = read_manifest(out).values["inputs"]
-    different = sorted(name for name in inputs if there.get(name) != inputs[name])
+    there = read_manifest(out)
+    different = sorted(name for name in inputs if there.values["inputs"].get(name) != inputs[name])
     if different:
         raise UserError(
             f"{out} was prepared from other inputs ({', '.join(different)} differ); "
             "choose another out, or remove that folder to prepare it again"
         )
+    for split in SPLITS:
+        if there.shards[split]:
+            check_tokenizer(TokenDataset(out, split), Tokenizer.load(out))
     return True
 
 
@@ -155,9 +169,7 @@ def _write_folder(
             "pad_id": tokenizer.pad_id,
         },
         "corpus": {
-            "name": corpus.name,
             "num_files": len(corpus.files),
-            "num_ignored": corpus.num_ignored,
             "empty_documents": counts.empty_documents,
             "undecodable_characters": sum(counts.undecodable.values()),
             "undecodable_files": len(worst),
@@ -234,7 +246,7 @@ def _tokenize(
     }
     writers = {split: ShardWriter(aside / split, **options) for split in SPLITS}
     baseline = Baseline()
-    done = 0
+    done, said = 0, time.monotonic()
     try:
         for batch in _batches(corpus, counts):
             encoded = tokenizer.encode_batch([document.text for document in batch], threads=config.workers)
@@ -245,7 +257,9 @@ def _tokenize(
                 if held_out:
                     baseline.add(text)
                 done += len(text)
-            say(f"tokenised {done / 1e6:.0f} MB")
+            if time.monotonic() > said + SAY_EVERY_S:
+                said = time.monotonic()
+                say(f"tokenised {done / 1e6:.0f} MB")
         entries = {split: writer.close() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -302,7 +316,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _disk_message(error: OSError, out: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {out} was not written, nothing was left behind; free some space or choose another out"
+        return (
+            f"the disk is full: {out} was not written, nothing is left of it; free some space or choose another out"
+        )
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return f"{out} was made by another process in the meantime; run the command again"
     return f"cannot write {out}: {error.strerror or error}; choose another out"

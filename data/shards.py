@@ -20,8 +20,13 @@ from safetensors.numpy import save
 BLOCK = tarfile.BLOCKSIZE
 INDEX_SUFFIX = ".idx.safetensors"
 # One column a document: where its tokens begin in the tar, how many, their CRC-32, and the bytes of its text.
-INDEX_COLUMNS = {"offset": np.int64, "num_tokens": np.int64, "crc32": np.uint32, "text_bytes": np.int64}
-DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+INDEX_COLUMNS: dict[str, np.dtype[Any]] = {
+    "offset": np.dtype(np.int64),
+    "num_tokens": np.dtype(np.int64),
+    "crc32": np.dtype(np.uint32),
+    "text_bytes": np.dtype(np.int64),
+}
+DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from . import commands
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for a defect of ours, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.run(options)
     except UserError as error:
@@ -26,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left (as `| head` does); closing stdout again at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command; `key=value` may stand before and after flags, which argparse alone would refuse."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -73,9 +73,10 @@ def export(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """`headrace generate`: text from a checkpoint, as it is sampled."""
-    from ..pretrain.generate import GenerateConfig, generate_text, load_run
+    from ..pretrain.generate import GenerateConfig, generate_text
+    from ..pretrain.saved_run import load_run
 
-    loaded = load_run(Path(options.run_folder))
+    model, tokenizer, _ = load_run(Path(options.run_folder))
     config = GenerateConfig(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -84,7 +85,7 @@ def generate(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     print(options.prompt, end="", flush=True)
-    for piece in generate_text(loaded.model, loaded.tokenizer, options.prompt, config):
+    for piece in generate_text(model, tokenizer, options.prompt, config):
         print(piece, end="", flush=True)
     print()
     return 0

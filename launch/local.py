@@ -19,6 +19,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
         raise UserError(f"--nproc={nproc} must be at least 1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     launch = LaunchConfig(
+        run_id="headrace",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,

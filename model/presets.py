@@ -1,4 +1,10 @@
-"""Published models, by name, with the sizes their authors released."""
+"""Published models, by name, with the sizes their authors released.
+
+`mamba2-*`: the released state-spaces/mamba2-* configurations (Dao and Gu 2024, arXiv:2405.21060, section 9.2;
+vocabulary 50,277 padded to a multiple of 16). `mamba2-hybrid-8b`: Waleffe et al. 2024, arXiv:2406.07887, section 3,
+with the released checkpoint's arguments (no positions, no biases, GELU, untied). Exact counts are those of the stock
+transformers classes in the same settings; `tests/model/test_presets.py` prints them beside ours and the published.
+"""
 
 from .config import ModelConfig
 from .ffns.mlp import MLPConfig
@@ -29,4 +35,14 @@ PRESETS: dict[str, ModelConfig] = {
         attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
         mlp=MLPConfig(d_hidden=16384, activation="gelu"),
     ),
+}
+
+# As their authors name them: Mamba-2 by the total, the hybrid 8B rounded down.
+PUBLISHED: dict[str, str] = {
+    "mamba2-130m": "130M",
+    "mamba2-370m": "370M",
+    "mamba2-780m": "780M",
+    "mamba2-1.3b": "1.3B",
+    "mamba2-2.7b": "2.7B",
+    "mamba2-hybrid-8b": "8B",
 }

@@ -5,6 +5,9 @@ import torch.distributed as dist
 
 from ..errors import UserError
 
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The elementwise sum of `values` over all processes, in place. Collective, no host synchronisation."""
@@ -35,5 +38,5 @@ def raise_together(error: UserError | None) -> None:
 def gather_stack(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Every rank's `(n, ...)` stack, joined along the first dim in rank order. Collective over `group`."""
     joined = mine.new_empty(mine.shape[0] * dist.get_world_size(group), *mine.shape[1:])
-    dist.all_gather_into_tensor(joined, mine.contiguous(), group=group)
+    _all_gather(joined, mine.contiguous(), group=group)
     return joined

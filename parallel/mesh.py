@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import UserError
+from ..kernels.products import prefer_onednn
 from .config import ParallelConfig
 
 
@@ -29,7 +30,8 @@ class World:
 def start_world(timeout_s: float = 600.0) -> World:
     """Join the process group torchrun or srun describes in the environment; alone, start a group of one.
 
-    Uses NCCL (with gloo for CPU tensors) where CUDA is at hand, else gloo. Collective over all processes.
+    Uses NCCL (with gloo for CPU tensors) where CUDA is at hand, else gloo, and then the faster library for matrix
+    products. Collective over all processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -38,6 +40,7 @@ def start_world(timeout_s: float = 600.0) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+        prefer_onednn()
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

@@ -9,7 +9,7 @@ from ..data import TokenDataset, check_tokenizer
 from ..parallel.mesh import World
 from .config import EvalConfig
 from .evaluate import evaluate
-from .saved_run import load_run
+from .saved_run import find_run, load_run
 from .run_folder import replace_file
 
 
@@ -21,20 +21,21 @@ def evaluate_run(path: Path, world: World) -> dict[str, Any]:
     Raises:
         UserError: no held-out documents, data that changed since training, or a damaged checkpoint.
     """
-    loaded = load_run(path)
-    dataset = TokenDataset(Path(loaded.config.data.folder), "heldout")
-    check_tokenizer(dataset, loaded.tokenizer)
-    found = evaluate(loaded.model, dataset, EvalConfig(window=loaded.config.eval.window), world)
+    run = find_run(path)
+    model, tokenizer, config = load_run(run.checkpoint, device=world.device)
+    dataset = TokenDataset(config.data.folder, "heldout")
+    check_tokenizer(dataset, tokenizer)
+    found = evaluate(model, dataset, EvalConfig(window=config.eval.window), world)
     results = {
-        "checkpoint": loaded.checkpoint.name,
+        "checkpoint": run.checkpoint.name,
         **asdict(found),
-        "parameters": loaded.config.model.num_params(),
+        "parameters": config.model.num_params(),
         **{
             f"{program}_bits_per_byte": None if size is None else 8 * size / dataset.text_bytes
             for program, size in dataset.baselines.items()
         },
     }
-    replace_file(loaded.run_folder / "results.json", json.dumps(results, indent=2) + "\n")
+    replace_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -78,7 +78,9 @@ def resume_training(
     if checkpoint is None:
         return None
     extra = read_extra(checkpoint)
-    changed = [f"{key}: {extra['data'].get(key)} -> {value}" for key, value in data.items() if extra["data"].get(key) != value]
+    changed = [
+        f"{key}: {extra['data'].get(key)} -> {value}" for key, value in data.items() if extra["data"].get(key) != value
+    ]
     if changed:
         raise UserError(
             f"checkpoint {checkpoint} was trained on another data order ({'; '.join(changed)}); "

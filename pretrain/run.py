@@ -76,7 +76,7 @@ def build_run(config: Config, world: World) -> Run:
     rows = TokenRows(data, config.data.seq_len, config.data.seed)
     loader = BatchLoader(
         rows,
-        batch_rows=config.train.batch_rows,
+        batch_rows=config.train.batch_rows // world.size,
         rank=world.rank,
         world_size=world.size,
         start=progress.next_row,
@@ -85,7 +85,7 @@ def build_run(config: Config, world: World) -> Run:
     metrics = None
     if folder is not None:
         write_record(folder, config, {"layout": layout(mesh), "data": facts, "resumed_at": progress.step})
-        shutil.copyfile(Path(config.data.folder) / "tokenizer.model", folder.path / "tokenizer.model")
+        shutil.copyfile(data.tokenizer_path, folder.path / "tokenizer.model")
         cut_metrics(folder.metrics, progress.step)
     metrics = start_metrics(config, folder)
     return Run(config, world, model, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
@@ -123,8 +123,8 @@ def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
     """
     error = None
     try:
-        data, heldout = TokenDataset(Path(config.data.folder), "train"), TokenDataset(Path(config.data.folder), "heldout")
-        check_tokenizer(data, Tokenizer.load(Path(config.data.folder) / "tokenizer.model"))
+        data, heldout = TokenDataset(config.data.folder, "train"), TokenDataset(config.data.folder, "heldout")
+        check_tokenizer(data, Tokenizer.load(data.tokenizer_path))
         if data.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the tokenizer in "

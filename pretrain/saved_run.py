@@ -12,7 +12,7 @@ from ..data import Tokenizer
 from ..errors import UserError
 from ..model.config import ModelConfig
 from ..model.lm import HybridLM
-from .checkpoint import latest_checkpoint, load_full
+from .checkpoint import latest_checkpoint, load_full, read_extra
 from .config import Config, load_config
 
 MODEL_PREFIX = "model."
@@ -56,41 +56,35 @@ def load_tokenizer(run: SavedRun) -> Tokenizer:
     """The run's tokenizer.
 
     Raises:
-        UserError: it is missing or unreadable, or has more pieces than the model has rows in its vocabulary.
+        UserError: it is missing or unreadable, is not the one that the checkpoint's data was made with, or has more
+            pieces than the model knows.
     """
     tokenizer = Tokenizer.load(run.tokenizer_path)
-    check_vocabulary(tokenizer.vocab_size, run.config.model, run.tokenizer_path)
-    return tokenizer
-
-
-def check_vocabulary(num_pieces: int, config: ModelConfig, path: Path) -> None:
-    """Raises `UserError` where a tokenizer of `num_pieces` gives ids that the model does not know."""
-    if num_pieces > config.vocab_size:
+    trained_with = read_extra(run.checkpoint).get("data", {}).get("tokenizer_hash", tokenizer.hash)
+    if tokenizer.hash != trained_with or tokenizer.vocab_size > run.config.model.vocab_size:
         raise UserError(
-            f"{path}: the tokenizer has {num_pieces} pieces, the model knows {config.vocab_size}; "
-            "it is not the tokenizer this model was trained with"
+            f"{run.tokenizer_path} is not the tokenizer this model was trained with "
+            f"(hash {tokenizer.hash}, trained with {trained_with}); "
+            f"copy tokenizer.model from the folder of its data, {run.config.data.folder}"
         )
+    return tokenizer
 
 
 def load_weights(run: SavedRun, shapes: dict[str, torch.Size], names: list[str] | None = None) -> dict[str, Tensor]:
     """Tensors of the model from the checkpoint, by parameter name; those in `names`, or all in `shapes`.
 
     Raises:
-        UserError: the checkpoint holds other parameters or shapes than the configuration asks for.
+        UserError: the checkpoint lacks a parameter or holds another shape than the configuration asks for.
     """
     names = list(shapes) if names is None else names
-    try:
-        loaded = load_full(run.checkpoint, [MODEL_PREFIX + name for name in names])
-    except KeyError as error:
-        raise UserError(f"{run.checkpoint}: {error.args[0]}; it does not belong to {run.folder}/config.toml") from error
-    weights = {name: loaded.get(MODEL_PREFIX + name) for name in names}
-    wrong = [name for name, tensor in weights.items() if tensor is None or tensor.shape != shapes[name]]
-    if wrong:
+    loaded = load_full(run.checkpoint, [MODEL_PREFIX + name for name in names])
+    weights = {name: loaded[MODEL_PREFIX + name] for name in names}
+    if wrong := [name for name, tensor in weights.items() if tensor.shape != shapes[name]]:
         raise UserError(
-            f"{run.checkpoint}: {', '.join(wrong[:3])} {'and others ' if len(wrong) > 3 else ''}missing or of another "
-            f"shape; it does not belong to {run.folder}/config.toml"
+            f"{run.checkpoint}: {wrong[0]} has another shape than {run.folder}/config.toml asks for; "
+            "the checkpoint belongs to another run"
         )
-    return {name: tensor for name, tensor in weights.items() if tensor is not None}
+    return weights
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

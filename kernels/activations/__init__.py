@@ -1,8 +1,6 @@
 """Gated activations of feed-forward layers."""
 
+from .operator import swiglu
 from .reference import swiglu_reference
-
-def swiglu(gate, up):
-    return swiglu_reference(gate, up)
 
 __all__ = ["swiglu", "swiglu_reference"]

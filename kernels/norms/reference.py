@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..numerics import compute_dtype
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich 2019, 1910.07467)."""
@@ -19,7 +21,7 @@ def gated_rms_norm_reference(
     norm_before_gate: bool = False,
 ) -> Tensor:
     """Compute the gated norm of Mamba-2, over groups of `group_size` channels; arguments as in `gated_rms_norm`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x)
     value = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:

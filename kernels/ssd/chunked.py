@@ -50,10 +50,10 @@ def join_chunks(value_nQ: Tensor, like_BL: Tensor) -> Tensor:
     return value_nQ.reshape(B, -1, *value_nQ.shape[2:])[:, :L].to(like_BL.dtype).contiguous()
 
 
-def states_to_groups(state_BHPN: Tensor, like: Tensor) -> Tensor:
-    """Copy `(B, H, P, N)` states to the layout `(B, G, N, h, P)` and the dtype of `like`."""
-    grouped = state_BHPN.unflatten(1, (like.shape[1], -1)).movedim(-1, 2)
-    return torch.empty(grouped.shape, dtype=like.dtype, device=like.device).copy_(grouped)
+def states_to_groups(state_BHPN: Tensor | None, like: Tensor, B: int) -> Tensor:
+    """Copy `(B, H, P, N)` states, or zeros for None, to `(B, G, N, h, P)` in the dtype of `like`."""
+    copy = like.new_zeros(B, *like.shape[1:])
+    return copy if state_BHPN is None else copy.copy_(state_BHPN.unflatten(1, (like.shape[1], -1)).movedim(-1, 2))
 
 
 def states_from_groups(state: Tensor) -> Tensor:
@@ -70,10 +70,7 @@ def states_entering_chunks(chunks: Chunks, decays: Decays, initial_state: Tensor
         weighted = scale_by_group(chunks.x_nQHP[block], chunks.dt_nQH[block] * decays.out_nQH[block], G)
         B_mQN = chunks.B_nGQN[block].flatten(0, 1)
         torch.bmm(B_mQN.mT, weighted, out=states[block].view(-1, N, H // G * P))
-    if initial_state is None:
-        carry = torch.zeros_like(states[: chunks.num_rows])
-    else:
-        carry = states_to_groups(initial_state, states)
+    carry = states_to_groups(initial_state, states, chunks.num_rows)
     carry = scan_in_place(states, decays.through_nH, carry, chunks.per_row)
     return states, states_from_groups(carry)
 
@@ -100,7 +97,7 @@ def _output_of_block(
     """Write the outputs of a block of chunks into `y_nQHP`."""
     x_nQHP, dt_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block]
     n, Q, H, P = x_nQHP.shape
-    B_mQN, C_mQN = chunks.B_nGQN[block].flatten(0, 1), chunks.C_nGQN[block].flatten(0, 1)
+    B_mQN, C_mQN = chunks.projections(block)
     G = B_mQN.shape[0] // n
     scores = decay_matrix(decays, block)
     scores.view(n * G, -1, Q, Q).mul_(torch.bmm(C_mQN, B_mQN.mT)[:, None])

@@ -88,7 +88,7 @@ def _empty_gradients(chunks: Chunks) -> Gradients:
         B_nGQN=torch.empty_like(chunks.B_nGQN),
         C_nGQN=torch.zeros_like(chunks.B_nGQN),
         D_HP=like.new_zeros(H, P),
-        flow_in_nQH=torch.zeros_like(like),
+        flow_in_nQH=torch.zeros_like(like, dtype=torch.float64),
         flow_out_nQH=torch.empty_like(like),
         flow_through_nH=like.new_empty(n, H),
     )
@@ -106,10 +106,7 @@ def _gradients_of_leaving_states(
         for block in chunks.blocks():
             weighted = scale_by_group(dy_nQHP[block], decays.into_nQH[block], G)
             torch.bmm(chunks.C_nGQN[block].flatten(0, 1).mT, weighted, out=dstates[block].flatten(3).flatten(0, 1))
-    if dfinal_BHPN is None:
-        carry = torch.zeros_like(states[: chunks.num_rows])
-    else:
-        carry = states_to_groups(dfinal_BHPN, states)
+    carry = states_to_groups(dfinal_BHPN, states, chunks.num_rows)
     carry = scan_in_place(dstates, decays.through_nH, carry, chunks.per_row, reverse=True)
     return dstates, states_from_groups(carry)
 
@@ -139,7 +136,7 @@ def _through_output(
     """Add what a block's tokens get through the outputs of their chunks."""
     x_nQHP, dt_nQH, into_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.into_nQH[block]
     n, Q, H, P = x_nQHP.shape
-    B_mQN, C_mQN = chunks.B_nGQN[block].flatten(0, 1), chunks.C_nGQN[block].flatten(0, 1)
+    B_mQN, C_mQN = chunks.projections(block)
     states_mNR = states[block].flatten(3).flatten(0, 1)
     G = states.shape[1]
     column_nQH = dt_nQH * decays.fix_col_nQH[block]
@@ -149,7 +146,7 @@ def _through_output(
     dscores = torch.bmm(dy_rQP, scale_by_head(x_nQHP, column_nQH).mT).view_as(decay_mhQQ).mul_(decay_mhQQ)
     dinflow_rQP = torch.bmm(decay_mhQQ.mul_(products_mhQQ).view(n * H, Q, Q).mT, dy_rQP)
     dproducts_mQQ = dscores.sum(1)
-    flow = dscores.mul_(products_mhQQ).view(n, H, Q, Q)
+    flow = dscores.mul_(products_mhQQ).view(n, H, Q, Q).double()
     flow.diagonal(dim1=-2, dim2=-1).zero_()
 
     dC_mQN, dB_mQN = grads.C_nGQN[block].flatten(0, 1), grads.B_nGQN[block].flatten(0, 1)
@@ -158,7 +155,7 @@ def _through_output(
     dB_mQN.baddbmm_(dproducts_mQQ.mT, C_mQN)
     from_state = group_to_tokens(torch.bmm(C_mQN, states_mNR), n, H)
     within_nQH = (flow.sum(-1) - flow.sum(-2)).transpose(1, 2)
-    torch.addcmul(within_nQH, (from_state * dy_nQHP).sum(-1), into_nQH, out=grads.flow_in_nQH[block])
+    torch.add(within_nQH, (from_state * dy_nQHP).sum(-1).mul_(into_nQH), out=grads.flow_in_nQH[block])
 
     dinflow = dinflow_rQP.view(n, H, Q, P).transpose(1, 2)
     grads.dt_nQH[block].addcmul_((dinflow * x_nQHP).sum(-1), decays.fix_col_nQH[block])
@@ -171,7 +168,7 @@ def _through_output(
 
 def _through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
     """Turn flows into gradients of step sizes, `(n, Q, H)`, and of `A`, float64 until the last step."""
-    dlog_nQH = decays.sees_nQQ.mT @ grads.flow_in_nQH.double()
+    dlog_nQH = decays.sees_nQQ.mT @ grads.flow_in_nQH
     dlog_nQH += decays.sees_nQQ.tril(-1) @ grads.flow_out_nQH.double()
     dlog_nQH += grads.flow_through_nH.double()[:, None]
     if chunks.reset_nQ is not None:

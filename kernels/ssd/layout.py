@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import state_dtype
+from ..numerics import compute_dtype
 
 BLOCK_ELEMENTS = 1 << 18
 
@@ -30,6 +30,11 @@ class Chunks(NamedTuple):
     def per_row(self) -> int:
         """Number of chunks in one row of the batch."""
         return self.x_nQHP.shape[0] // self.num_rows
+
+    def projections(self, block: slice) -> tuple[Tensor, Tensor]:
+        """Return B and C of a block of chunks, `(n * G, Q, N)` each."""
+        assert self.C_nGQN is not None
+        return self.B_nGQN[block].flatten(0, 1), self.C_nGQN[block].flatten(0, 1)
 
     def blocks(self) -> Iterator[slice]:
         """Yield slices of chunks whose `Q x Q` matrices of all heads stay within the processor's cache."""
@@ -50,7 +55,7 @@ def cut_into_chunks(
 ) -> Chunks:
     """Cut a batch into chunks, padded at the end of each row by tokens with a step size of zero, which do nothing."""
     B, L, _, P = x_BLHP.shape
-    dtype = state_dtype(x_BLHP)
+    dtype = compute_dtype(x_BLHP)
     Q = chunk_length(L, P, B_BLGN.shape[3], chunk_size)
 
     def cut_by_group(value: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from .reference import state_dtype
+from ..numerics import needs_gradient
+from .operator import ssd_chunked
+from .scan import check_arguments
 
 
 def compose(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,14 +33,8 @@ def ssd_summary(
     Shapes as in `ssd_scan`; results are float32 (float64 for float64 inputs), with gradients. `M` is exactly 0 when
     a document starts anywhere in the stretch.
     """
-    from .scan import ssd_scan
-
-    no_output_BLGN = torch.zeros_like(B_BLGN)
-    _, S_BHPN = ssd_scan(x_BLHP, dt_BLH, A_H, B_BLGN, no_output_BLGN, chunk_size=chunk_size, reset=reset)
-    return total_decay(dt_BLH.to(state_dtype(x_BLHP)), A_H, reset), S_BHPN
-
-
-def total_decay(dt_BLH: Tensor, A_H: Tensor, reset: Tensor | None) -> Tensor:
-    """Return `M_BH`, the product of all decays of `dt_BLH` (float32 or float64), 0 where `reset` has any True."""
-    M_BH = torch.exp(dt_BLH.sum(1) * A_H.to(dt_BLH.dtype))
-    return M_BH if reset is None else M_BH.masked_fill(reset.any(1)[:, None], 0.0)
+    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset)
+    keep_states = needs_gradient(x_BLHP, dt_BLH, A_H, B_BLGN)
+    _, S_BHPN, _ = ssd_chunked(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset, chunk_size, keep_states)
+    M_BH = torch.exp(dt_BLH.to(S_BHPN.dtype).sum(1) * A_H.to(S_BHPN.dtype))
+    return M_BH if reset is None else M_BH.masked_fill(reset.any(1)[:, None], 0.0), S_BHPN

@@ -1,14 +1,14 @@
 """The chunked SSD path as custom operators, so that torch.compile and fake tensors take it as one piece."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..numerics import compute_dtype
 from .chunked import ssd_chunked_forward
 from .chunked_backward import Inputs, ssd_chunked_backward
 from .layout import chunk_length
-from .reference import state_dtype
-
-Context = torch.autograd.function.FunctionCtx
 
 
 @torch.library.custom_op("headrace::ssd_chunked", mutates_args=())
@@ -38,7 +38,7 @@ def ssd_chunked(
 def _(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, chunk_size, keep_states):  # type: ignore[no-untyped-def]
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
-    dtype = state_dtype(x_BLHP)
+    dtype = compute_dtype(x_BLHP)
     num_chunks = -(-L // chunk_length(L, P, N, chunk_size))
     states_shape = (B * num_chunks, G, N, H // G, P) if keep_states else (0,)
     return (
@@ -74,12 +74,12 @@ def _(dy, dfinal, x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, 
     B, _, H, P = x_BLHP.shape
     state_like = initial_state
     if initial_state is None:
-        state_like = x_BLHP.new_empty(B, H, P, B_BLGN.shape[3], dtype=state_dtype(x_BLHP))
+        state_like = x_BLHP.new_empty(B, H, P, B_BLGN.shape[3], dtype=compute_dtype(x_BLHP))
     given = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, state_like)
     return tuple(x_BLHP.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
 
 
-def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, chunk_size, _ = inputs
     states = output[2]
     ctx.set_materialize_grads(False)
@@ -88,7 +88,7 @@ def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor, Te
     ctx.chunk_size = chunk_size
 
 
-def _backward(ctx: Context, dy_BLHP: Tensor | None, dfinal_BHPN: Tensor | None, _: Tensor | None) -> tuple:
+def _backward(ctx: Any, dy_BLHP: Tensor | None, dfinal_BHPN: Tensor | None, _: Tensor | None) -> tuple:
     given = ctx.saved_tensors[:7]
     grads = _backward_operator(dy_BLHP, dfinal_BHPN, *ctx.saved_tensors, ctx.chunk_size)
     return *(None if value is None else grad for value, grad in zip(given, grads, strict=True)), None, None, None

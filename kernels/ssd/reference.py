@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of states and sums for inputs like `x`: float64 for float64, float32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ..numerics import compute_dtype
 
 
 def ssd_reference(
@@ -25,7 +22,7 @@ def ssd_reference(
     Shapes as in `ssd_scan`. Returns `y_BLHP` in the dtype of `x` and the final state `(B, H, P, N)` in float32
     (float64 for float64 inputs). Plain autograd code; memory grows as `L * H * P * N`.
     """
-    dtype = state_dtype(x_BLHP)
+    dtype = compute_dtype(x_BLHP)
     B, L, H, P = x_BLHP.shape
     heads_per_group = H // B_BLGN.shape[2]
     x, dt = x_BLHP.to(dtype), dt_BLH.to(dtype)

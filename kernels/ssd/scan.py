@@ -1,8 +1,8 @@
 """The SSD operator: checks its arguments and picks a backend."""
 
-import torch
 from torch import Tensor
 
+from ..numerics import needs_gradient
 from .operator import ssd_chunked
 from .reference import ssd_reference
 
@@ -58,11 +58,6 @@ def ssd_scan(
     keep_states = keep_states and needs_gradient(*tensors)
     y_BLHP, final_state, _ = ssd_chunked(*tensors, reset, chunk_size, keep_states)
     return y_BLHP, final_state
-
-
-def needs_gradient(*values: Tensor | None) -> bool:
-    """Return whether autograd will ask for the gradient of any of `values`."""
-    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
 
 def check_arguments(

@@ -66,10 +66,10 @@ class Mamba2Config:
         for name, known in {"skip": ("head", "channel", "none"), "gated_norm": ("group", "whole", "none")}.items():
             if (value := getattr(self, name)) not in known:
                 found.append(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
-        for name in ("dt_limit", "A_range"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high or (name == "A_range" and low == 0):
-                found.append(f"{name}=({low}, {high}) must rise from {'0' if name == 'dt_limit' else 'above 0'}")
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            found.append(f"dt_limit={self.dt_limit} must rise from 0 or above; use (0, inf) for no limit")
+        if not 0 < self.A_range[0] <= self.A_range[1] < math.inf:
+            found.append(f"A_range={self.A_range} must rise from above 0 and be finite; use numbers such as (1, 16)")
         if not 0 < self.dt_min <= self.dt_max:
             found.append(f"dt_min={self.dt_min} must be above 0 and at most dt_max={self.dt_max}; lower it")
         if not self.dt_floor > 0:

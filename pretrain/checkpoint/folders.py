@@ -29,7 +29,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in `folder`, oldest step first; empty where there is no such folder. Contents are not looked at."""
+    """The checkpoints in `folder` by name, oldest step first; empty where there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -56,7 +56,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def prune(path: Path, keep_last: int) -> None:
-    """Removes all but the `keep_last` newest checkpoints beside `path`, never `path` itself; logs what cannot be removed."""
+    """Removes all but the `keep_last` newest checkpoints beside `path`, never `path`; logs what cannot be removed."""
     others = [other for other in list_checkpoints(path.parent) if other != path]
     for old in others[: max(0, len(others) - (keep_last - 1))]:
         try:
@@ -90,7 +90,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def offering_previous(path: Path) -> Iterator[None]:
-    """Adds to a `CheckpointDamagedError` the name of the newest older checkpoint that is whole by manifest, sizes and headers."""
+    """Adds to a `CheckpointDamagedError` the newest older checkpoint that is whole by manifest, sizes and headers."""
     try:
         yield
     except CheckpointDamagedError as error:

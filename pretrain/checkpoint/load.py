@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 def load_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fills `tensors` in place from the checkpoint `path`, whatever layout it was saved in. Collective over the default group.
+    """Fills `tensors` in place from the checkpoint `path`, whatever layout it was saved in.
 
-    `tensors` has the same names on every rank, DTensors of any layout or plain tensors; tensors of the checkpoint that are
-    not named are left out. Each rank reads only the pieces it needs and checks their hashes. Works in one process without
-    a process group.
+    Collective over the default group; works in one process without a group. `tensors` has the same names on every rank,
+    DTensors of any layout or plain tensors; tensors of the checkpoint that are not named are left out. Each rank reads
+    only the pieces it needs and checks their hashes.
 
-    Raises `CheckpointError`, the same on every rank: a tensor is missing from the checkpoint or has another shape or dtype,
-    the folder is no checkpoint or of a newer format, or (`CheckpointDamagedError`, which names the previous good
+    Raises `CheckpointError`, the same on every rank: a tensor is missing from the checkpoint or has another shape or
+    dtype, the folder is no checkpoint or of a newer format, or (`CheckpointDamagedError`, which names the previous good
     checkpoint) something is missing or altered. Some of `tensors` may have been filled by then.
     """
     path = Path(path)
@@ -37,9 +37,9 @@ def load_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, torch.Te
 
 
 def load_full(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors `names` (default: all) of a checkpoint, whole, on the CPU, every byte checked. One process; not collective.
+    """The tensors `names` (default: all) of a checkpoint, whole, on the CPU, every byte checked.
 
-    Raises `CheckpointError` as `load_checkpoint` does.
+    Not collective: one process reads everything. Raises `CheckpointError` as `load_checkpoint` does.
     """
     path = Path(path)
     with offering_previous(path):
@@ -53,16 +53,16 @@ def load_full(path: str | os.PathLike[str], names: Iterable[str] | None = None) 
 
 
 def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `extra` that the checkpoint was saved with. Not collective; raises `CheckpointError` as `load_checkpoint` does."""
+    """The `extra` that the checkpoint was saved with. Not collective; raises as `load_checkpoint` does."""
     path = Path(path)
     with offering_previous(path):
         return dict(read_manifest(path).extra)
 
 
 def read_rank_tensors(path: str | os.PathLike[str], rank: int) -> dict[str, torch.Tensor] | None:
-    """The tensors that `rank` saved as its own, on the CPU, or None where the checkpoint had no such rank. Not collective.
+    """The tensors that `rank` saved as its own, on the CPU, or None where the checkpoint had no such rank.
 
-    Raises `CheckpointError` as `load_checkpoint` does.
+    Not collective. Raises `CheckpointError` as `load_checkpoint` does.
     """
     path = Path(path)
     with offering_previous(path):

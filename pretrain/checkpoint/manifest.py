@@ -40,7 +40,7 @@ _TAIL = re.compile(rb',\n "blake2b": "([0-9a-f]{%d})"\n}\n\Z' % (2 * DIGEST_BYTE
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, or cannot be loaded into what was asked for; one line says which, why and what to do."""
+    """A checkpoint cannot be written, or not loaded into what was asked for; one line says why and what to do."""
 
 
 class CheckpointDamagedError(CheckpointError):
@@ -49,7 +49,7 @@ class CheckpointDamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Piece:
-    """One box of a tensor: `sizes` elements from `offsets` on, stored under `key` in `file`; bytes and their blake2b."""
+    """One box of a tensor: `sizes` elements from `offsets` on, stored under `key` in `file`, with its blake2b."""
 
     file: str
     key: str
@@ -127,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"format is {body['format']!r}")
         if body["version"] > VERSION:
             raise CheckpointError(
-                f"checkpoint {path} has format version {body['version']}; this Headrace reads up to {VERSION}: update it"
+                f"checkpoint {path} has format version {body['version']}; this Headrace reads {VERSION}: update it"
             )
         return _manifest_of(body)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read the regular file `path`; a symbolic link, device or pipe raises `OSError` and is not followed."""
+    """A descriptor to read the regular file `path`; a symbolic link, device or pipe raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: written in one pass with a hash for each piece, read back with every byte checked."""
+"""Safetensors files of a checkpoint: written in one pass with a hash for each piece, every byte checked when read."""
 
 import json
 import math
@@ -73,14 +73,14 @@ def write_pieces(path: Path, sources: Iterable[Source]) -> tuple[FileEntry, dict
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, shared with it."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class PieceFile:
-    """A safetensors file of a checkpoint, opened for reading: size and header are checked at once, pieces as they are read.
+    """A safetensors file of a checkpoint, opened for reading: size and header are checked at once, pieces when read.
 
-    Use it as a context manager. `read` may be called from several threads. Raises `CheckpointDamagedError`, one line that
-    names the file and what differs.
+    Use it as a context manager. `read` may be called from several threads. Raises `CheckpointDamagedError`, one line
+    that names the file and what differs.
     """
 
     def __init__(self, folder: Path, name: str, entry: FileEntry) -> None:
@@ -114,7 +114,7 @@ class PieceFile:
         os.close(self._descriptor)
 
     def read(self, piece: Piece, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor of `piece`, of shape `piece.sizes`, hash checked; read into `out` (contiguous, on the CPU) if given."""
+        """The tensor of `piece`, hash checked; read into `out` (of its sizes, contiguous, on the CPU) if given."""
         begin = self._begin(piece, dtype)
         tensor = torch.empty(piece.sizes, dtype=dtype) if out is None else out
         sums = blake2b(digest_size=DIGEST_BYTES)
@@ -123,18 +123,9 @@ class PieceFile:
             count = self._pread(data[done : done + _READ_BYTES], begin + done)
             sums.update(data[done : done + count])
             done += count
-        self._compare(piece, sums.hexdigest())
+        if sums.hexdigest() != piece.blake2b:
+            raise CheckpointDamagedError(f"{self._where} is not what was written (the hash of {piece.key!r} differs)")
         return tensor
-
-    def verify(self, piece: Piece) -> None:
-        """Raises `CheckpointDamagedError` unless the bytes of `piece` are those that were written."""
-        begin, sums, done = self._spans[piece.key][2], blake2b(digest_size=DIGEST_BYTES), 0
-        data = memoryview(bytearray(min(piece.bytes, _READ_BYTES)))
-        while done < piece.bytes:
-            count = self._pread(data[: piece.bytes - done], begin + done)
-            sums.update(data[:count])
-            done += count
-        self._compare(piece, sums.hexdigest())
 
     def _begin(self, piece: Piece, dtype: torch.dtype) -> int:
         """Where the piece starts in the file, once the header and the manifest are known to agree on it."""
@@ -142,10 +133,6 @@ class PieceFile:
         if (kind, shape, end - begin) != (DTYPES[dtype], piece.sizes, piece.bytes):
             raise CheckpointDamagedError(f"{self._where}: the manifest and the header differ about {piece.key!r}")
         return begin
-
-    def _compare(self, piece: Piece, found: str) -> None:
-        if found != piece.blake2b:
-            raise CheckpointDamagedError(f"{self._where} is not what was written (the hash of {piece.key!r} differs)")
 
     def _read_header(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         """(dtype, shape, begin, end) by key, in bytes of the file."""
@@ -174,7 +161,7 @@ class PieceFile:
 
 
 class PieceFiles:
-    """The files of one checkpoint, each opened once when first needed. A context manager; open before sharing threads."""
+    """The files of one checkpoint, each opened once, when first asked for. A context manager."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
@@ -194,6 +181,13 @@ class PieceFiles:
         if name not in self._open:
             self._open[name] = PieceFile(self._folder, name, self._manifest.files[name])
         return self._open[name]
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    """Writes all of `data`: the system takes at most 2 GiB a call, and less when it likes."""
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, data[done:])
 
 
 def drop_from_cache(path: Path) -> None:

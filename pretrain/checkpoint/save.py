@@ -30,8 +30,8 @@ def save_checkpoint(
     """Saves a checkpoint of `step` as `folder/step-NNNNNNNN` and returns its path. Collective over the default group.
 
     `tensors` has the same names on every rank: DTensors of any layout (equal shards are written once) or plain tensors
-    (taken to be equal on all ranks). `extra` is plain JSON and is taken from rank 0. `rank_tensors` are this rank's own,
-    such as random states; names and shapes may differ by rank. A checkpoint of the same step is replaced. With
+    (taken to be equal on all ranks). `extra` is plain JSON, taken from rank 0. `rank_tensors` are this rank's own, such
+    as random states; names and shapes may differ by rank. A checkpoint of the same step is replaced. With
     `keep_last` (at least 1), older checkpoints beyond that many are removed after the new one has been read back from
     the disk and verified. Works in one process without a process group.
 

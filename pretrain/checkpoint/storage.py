@@ -5,10 +5,13 @@ hidden folder and makes it visible by one rename.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,7 @@ class PiecePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's boxes. Raises `ValueError` for what cannot be stored: not a tensor, unknown dtype, clashing name."""
+        """This rank's boxes. Raises `ValueError` for what cannot be stored: no tensor, unknown dtype, clashing name."""
         plan = super().create_local_plan()
         for item in plan.items:
             _check_storable(item)
@@ -127,7 +130,7 @@ class PieceWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator: clears away what interrupted saves left and makes the hidden folder all ranks write into."""
+        """On the coordinator: clears away what interrupted saves left, and makes the hidden folder all write into."""
         json.dumps(self._extra, allow_nan=False)  # before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.path.parent)
@@ -137,21 +140,23 @@ class PieceWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's file; verifies it when older checkpoints depend on that."""
         file = f"rank-{self._rank:05d}.safetensors"
-        items = {_key(item): item for item in plan.items}
-        sources = [_source(key, item, planner) for key, item in items.items()]
-        own = {_OWN + name: tensor for name, tensor in self._rank_tensors.items()}
-        sources += [Source(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in own.items()]  # type: ignore[misc]
+        sources = [_source(item, planner) for item in plan.items]
+        for name, tensor in self._rank_tensors.items():
+            sources.append(Source(_OWN + name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)))
         entry, digests = write_pieces(self._temporary / file, sources)
         pieces: dict[str, list[Piece]] = {}
-        for key, item in items.items():
-            chunk, size = _chunk(item), item.tensor_storage_size() or 0
-            piece = Piece(file, key, tuple(chunk.offsets), tuple(chunk.sizes), size, digests[key])
-            pieces.setdefault(item.index.fqn, []).append(piece)
-        report = _Report(file, entry, pieces, self._own_entries(file, digests))
+        for item in plan.items:
+            pieces.setdefault(item.index.fqn, []).append(_piece(item, file, digests))
+        own = {
+            name: TensorEntry(tensor.dtype, tuple(tensor.shape), (_own_piece(name, tensor, file, digests),))
+            for name, tensor in self._rank_tensors.items()
+        }
         if self._keep_last is not None:
-            self._verify(report)
+            dtypes = {source.key: source.dtype for source in sources}
+            written = [*chain.from_iterable(pieces.values()), *chain.from_iterable(e.pieces for e in own.values())]
+            self._verify(file, entry, [(piece, dtypes[piece.key]) for piece in written])
         future: Future[list[WriteResult]] = Future()
-        future.set_result([WriteResult(MetadataIndex(file), entry.bytes, report)])
+        future.set_result([WriteResult(MetadataIndex(file), entry.bytes, _Report(file, entry, pieces, own))])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -182,21 +187,12 @@ class PieceWriter(StorageWriter):
         """False: DCP never picks this storage by itself."""
         return False
 
-    def _own_entries(self, file: str, digests: dict[str, str]) -> dict[str, TensorEntry]:
-        entries = {}
-        for name, tensor in self._rank_tensors.items():
-            key, shape = _OWN + name, tuple(tensor.shape)
-            piece = Piece(file, key, (0,) * tensor.ndim, shape, tensor.numel() * tensor.itemsize, digests[key])
-            entries[name] = TensorEntry(tensor.dtype, shape, (piece,))
-        return entries
-
-    def _verify(self, report: _Report) -> None:
-        drop_from_cache(self._temporary / report.file)
-        with PieceFile(self._temporary, report.file, report.entry) as file, ThreadPoolExecutor(NUM_THREADS) as threads:
-            pieces = [piece for own in report.pieces.values() for piece in own]
-            pieces += [piece for entry in report.own.values() for piece in entry.pieces]
-            for _ in threads.map(file.verify, pieces):
-                pass
+    def _verify(self, file: str, entry: FileEntry, pieces: list[tuple[Piece, torch.dtype]]) -> None:
+        """Reads this rank's file back from the disk."""
+        drop_from_cache(self._temporary / file)
+        with PieceFile(self._temporary, file, entry) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
+            for job in [threads.submit(opened.read, piece, dtype) for piece, dtype in pieces]:
+                job.result()
 
 
 class PieceReader(StorageReader):
@@ -272,15 +268,32 @@ def _fill(file: PieceFile, piece: Piece, dtype: torch.dtype, items: list[ReadIte
             planner.commit_tensor(item, target)
 
 
-def _source(key: str, item: WriteItem, planner: SavePlanner) -> Source:
+def _source(item: WriteItem, planner: SavePlanner) -> Source:
     assert item.tensor_data is not None
+    shape = tuple(_chunk(item).sizes)
+    return Source(_key(item), item.tensor_data.properties.dtype, shape, partial(_resolved, planner, item))
 
-    def resolve() -> torch.Tensor:
-        tensor = planner.resolve_data(item)
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
 
-    return Source(key, item.tensor_data.properties.dtype, tuple(_chunk(item).sizes), resolve)
+def _resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _piece(item: WriteItem, file: str, digests: Mapping[str, str]) -> Piece:
+    assert item.tensor_data is not None
+    key, offsets, sizes = _key(item), tuple(_chunk(item).offsets), tuple(_chunk(item).sizes)
+    size = math.prod(sizes) * item.tensor_data.properties.dtype.itemsize
+    return Piece(file, key, offsets, sizes, size, digests[key])
+
+
+def _own_piece(name: str, tensor: torch.Tensor, file: str, digests: Mapping[str, str]) -> Piece:
+    key, offsets = _OWN + name, (0,) * tensor.ndim
+    return Piece(file, key, offsets, tuple(tensor.shape), tensor.numel() * tensor.itemsize, digests[key])
 
 
 def _tensor_entries(metadata: Metadata, reports: list[_Report]) -> dict[str, TensorEntry]:

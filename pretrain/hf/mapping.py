@@ -11,8 +11,6 @@ from torch import Tensor
 from ...errors import UserError
 from ...model.config import ModelConfig
 
-MIXERS = ("mamba2", "attention")
-
 # Parts of a layer: their tensor in a stock layer, made of ours one under the other along dim 0.
 _MAMBA2 = {
     "in_proj.weight": tuple(f"in_{part}.weight" for part in ("z", "x", "B", "C", "dt")),

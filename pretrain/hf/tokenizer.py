@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from .spm_model import Piece, PieceType, SpmModel, read_spm_model
+from .stock_folder import write_json
 
 SPACE = "\u2581"  # sentencepiece writes a space as this character
 
 
-def convert_tokenizer(spm_path: str | Path, out_dir: str | Path) -> SpmModel:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into `out_dir`, and returns the model.
+def convert_tokenizer(spm_path: str | Path, out_dir: str | Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into `out_dir`.
 
     For any text, `AutoTokenizer.from_pretrained(out_dir)(text, add_special_tokens=False)` gives sentencepiece's ids;
     with special tokens (the default) it is BOS and those ids, as training documents start. Text that looks like a
@@ -36,10 +36,9 @@ def convert_tokenizer(spm_path: str | Path, out_dir: str | Path) -> SpmModel:
         **special,
     }
     out_dir = Path(out_dir)
-    _write_json(out_dir / "tokenizer.json", tokenizer_json(model))
-    _write_json(out_dir / "tokenizer_config.json", settings)
-    _write_json(out_dir / "special_tokens_map.json", special)
-    return model
+    write_json(out_dir / "tokenizer.json", tokenizer_json(model))
+    write_json(out_dir / "tokenizer_config.json", settings)
+    write_json(out_dir / "special_tokens_map.json", special)
 
 
 def conversion_problems(model: SpmModel) -> list[str]:
@@ -155,7 +154,3 @@ def merges(model: SpmModel) -> list[tuple[str, str]]:
             if text[:at] in normal and text[at:] in normal:
                 pairs.append((text[:at], text[at:]))
     return pairs
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -31,7 +31,10 @@ class AdamW:
         self.lr = lr
         self.local = {name: local_part(parameter) for name, parameter in self.parameters.items()}
         groups = [
-            {"params": [self.local[name] for name in self.local if (name in decayed) is with_decay], "weight_decay": decay}
+            {
+                "params": [self.local[name] for name in self.local if (name in decayed) is with_decay],
+                "weight_decay": decay,
+            }
             for with_decay, decay in ((True, weight_decay), (False, 0.0))
         ]
         self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,0 +1,104 @@
+"""Training speed of one Mamba-2 layer on one CPU thread, beside the stock transformers layer of the same shape.
+
+    python benchmarks/layer_cpu.py [--length 1024] [--rounds 7]
+
+Both layers are norm + mixer + residual in float32 with the same weights; a round times one forward and backward of
+each in turn, in CPU seconds of the process, and the table shows medians over the rounds.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from headrace.model import SequenceContext
+from headrace.model.block import Block
+from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.model.rules import collect_rules
+from torch import Tensor, nn
+from transformers import Mamba2Config as StockConfig
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
+
+D_MODEL, HEAD_DIM, D_STATE = 768, 64, 128
+
+
+def build_ours() -> Block:
+    """Our layer of the 130M model, with first values."""
+    block = Block(Mamba2Config(head_dim=HEAD_DIM, d_state=D_STATE).build(D_MODEL, 1e-5, 0), D_MODEL, 1e-5)
+    generator = torch.Generator().manual_seed(0)
+    for name, rule in collect_rules(block).items():
+        parameter = block.get_parameter(name)
+        parameter.data.copy_(rule.init.draw(parameter.shape, generator, 24))
+    return block
+
+
+def build_stock(ours: Block, chunk_size: int) -> Mamba2Block:
+    """The stock layer with our layer's weights."""
+    config = StockConfig(
+        hidden_size=D_MODEL,
+        num_heads=2 * D_MODEL // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        state_size=D_STATE,
+        n_groups=1,
+        num_hidden_layers=1,
+        chunk_size=chunk_size,
+    )
+    stock, mixer = Mamba2Block(config, 0), ours.mixer
+    parts = ("x", "B", "C")
+    state = {
+        "norm.weight": ours.norm.weight,
+        "mixer.in_proj.weight": torch.cat([mixer.get_parameter(f"in_{p}.weight") for p in ("z", *parts, "dt")]),
+        "mixer.conv1d.weight": torch.cat([mixer.get_parameter(f"conv_{p}.weight") for p in parts])[:, None],
+        "mixer.conv1d.bias": torch.cat([mixer.get_parameter(f"conv_{p}.bias") for p in parts]),
+        "mixer.norm.weight": mixer.get_parameter("norm.weight"),
+        "mixer.out_proj.weight": mixer.get_parameter("out_proj.weight"),
+        **{f"mixer.{p}": mixer.get_parameter(f"ssm.{p}") for p in ("A_log", "D", "dt_bias")},
+    }
+    stock.load_state_dict(state)
+    return stock.train()
+
+
+def time_step(layer: nn.Module, run: Callable[[Tensor], Tensor], x_BLD: Tensor) -> float:
+    """CPU seconds of one forward and backward."""
+    x_BLD = x_BLD.clone().requires_grad_()
+    layer.zero_grad()
+    start = time.process_time()
+    run(x_BLD).sum().backward()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="one Mamba-2 layer, ours and stock, tokens per CPU-second")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x_BLD = torch.randn(1, options.length, D_MODEL)
+    ours, context = build_ours(), SequenceContext()
+    layers: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
+        "headrace": (ours, lambda x: ours(x, SequenceContext()))
+    }
+    for chunk_size in (256, 64):
+        stock = build_stock(ours, chunk_size)
+        layers[f"transformers, chunk {chunk_size}"] = (stock, stock)
+        torch.testing.assert_close(stock(x_BLD), ours(x_BLD, context), rtol=1e-3, atol=1e-4)
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(options.rounds + 1):
+        for name, (layer, run) in layers.items():
+            seconds[name].append(time_step(layer, run, x_BLD))
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    print(f"d_model {D_MODEL}, {options.length} tokens, forward + backward, float32, 1 thread\n")
+    print("| layer | CPU-seconds | tokens per CPU-second | headrace is faster by |")
+    print("| --- | --- | --- | --- |")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.3f} | {options.length / median:.0f} | {median / medians['headrace']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

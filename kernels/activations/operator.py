@@ -1,0 +1,62 @@
+"""Gated activations as operators with their own backward: the activation is computed again, not kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..numerics import blocks, compute_dtype
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Compute `silu(gate) * up` (Shazeer 2020, arXiv 2002.05202, equation 6).
+
+    `gate` and `up` have one shape `(..., D)` and one dtype: float64, float32, bfloat16 or float16 (computed in
+    float32). Keeps only its inputs for the backward pass. Raises ValueError when shapes differ.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ; give equal shapes")
+    D = gate.shape[-1]
+    return _swiglu(gate.reshape(-1, D), up.reshape(-1, D)).view(gate.shape)
+
+
+@torch.library.custom_op("headrace::swiglu", mutates_args=())
+def _swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+    dtype = compute_dtype(gate_TD)
+    out_TD = torch.empty_like(gate_TD, memory_format=torch.contiguous_format)
+    for block in blocks(*gate_TD.shape):
+        out_TD[block] = torch.nn.functional.silu(gate_TD[block].to(dtype)).mul_(up_TD[block])
+    return out_TD
+
+
+@_swiglu.register_fake
+def _(gate_TD, up_TD):  # type: ignore[no-untyped-def]
+    return gate_TD.new_empty(gate_TD.shape)
+
+
+@torch.library.custom_op("headrace::swiglu_backward", mutates_args=())
+def _swiglu_backward(dout_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(gate_TD)
+    dgate_TD = torch.empty_like(gate_TD, memory_format=torch.contiguous_format)
+    dup_TD = torch.empty_like(up_TD, memory_format=torch.contiguous_format)
+    for block in blocks(*gate_TD.shape):
+        gate, dout = gate_TD[block].to(dtype), dout_TD[block].to(dtype)
+        dup_TD[block] = torch.nn.functional.silu(gate).mul_(dout)
+        dgate_TD[block] = torch.ops.aten.silu_backward(dout * up_TD[block], gate)
+    return dgate_TD, dup_TD
+
+
+@_swiglu_backward.register_fake
+def _(dout_TD, gate_TD, up_TD):  # type: ignore[no-untyped-def]
+    return gate_TD.new_empty(gate_TD.shape), up_TD.new_empty(up_TD.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return _swiglu_backward(dout_TD, *ctx.saved_tensors)
+
+
+_swiglu.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,26 @@
+"""What all operators agree on: the dtype of sums, when gradients are needed, how large a block of work is."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of one operand in a block of elementwise work: a few such operands stay within a core's cache.
+BLOCK_ELEMENTS = 1 << 16
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of sums and states for inputs like `x`: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def needs_gradient(*values: Tensor | None) -> bool:
+    """Return whether autograd will ask for the gradient of any of `values`."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def blocks(length: int, row_elements: int, at_least: int = 16) -> Iterator[slice]:
+    """Cut `length` rows of `row_elements` elements each into slices that stay within cache, `at_least` rows long."""
+    step = max(at_least, BLOCK_ELEMENTS // max(row_elements, 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

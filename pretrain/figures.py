@@ -1,0 +1,219 @@
+"""The pictures of a run, drawn by matplotlib (no display needed), each for light and for dark pages."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Columns = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The metrics of a run as columns of float64, one value a record, NaN where a record has none.
+
+    Attributes:
+        train: `step`, `tokens`, `loss`, `lr`, `grad_norm`, `tokens_per_s`, `seconds`, `skipped` by update.
+        heldout: `step`, `tokens`, `loss`, `bits_per_byte` by evaluation.
+        restarts: tokens seen when the run was started again.
+        compressors: bits per byte of the held-out text by program name.
+    """
+
+    train: Columns
+    heldout: Columns
+    restarts: Sequence[float] = ()
+    compressors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture: file name without ending, title, what it shows in words, and the PNG for either kind of page."""
+
+    name: str
+    title: str
+    description: str
+    light: bytes
+    dark: bytes
+
+
+@dataclass(frozen=True)
+class _Theme:
+    page: str
+    text: str
+    grid: str
+    first: str
+    second: str
+    third: str
+    fourth: str
+
+
+# Blue, orange, green and purple of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_LIGHT = _Theme("#ffffff", "#24292f", "#d8dee4", "#0072b2", "#d55e00", "#009e73", "#8250a8")
+_DARK = _Theme("#161b22", "#e6edf3", "#30363d", "#56b4e9", "#e69f00", "#2bc49a", "#cc9be0")
+
+
+def draw_figures(curves: Curves) -> list[Figure]:
+    """Every picture that the metrics have values for. Raises `UserError` where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise UserError('the report draws with matplotlib; pip install "headrace[report]"') from None
+    wanted: list[tuple[str, str, Callable[[Any, Curves, _Theme], str], bool]] = [
+        ("loss", "Loss", _draw_loss, _has(curves.train, "loss") or _has(curves.heldout, "loss")),
+        ("bits_per_byte", "Held-out bits per byte", _draw_bits_per_byte, _has(curves.heldout, "bits_per_byte")),
+        ("learning_rate", "Learning rate", _draw_learning_rate, _has(curves.train, "lr")),
+        ("gradient_norm", "Gradient norm", _draw_gradient_norm, _has(curves.train, "grad_norm")),
+        ("tokens_per_second", "Tokens per second", _draw_speed, _has(curves.train, "tokens_per_s")),
+    ]
+    figures = []
+    for name, title, draw, there in wanted:
+        if there:
+            light, description = _render(draw, curves, _LIGHT)
+            dark, _ = _render(draw, curves, _DARK)
+            figures.append(Figure(name, title, description, light, dark))
+    return figures
+
+
+def smoothed(values: np.ndarray, span: float) -> np.ndarray:
+    """The exponential moving average over about `span` values, unbiased at the start; NaN values are passed over."""
+    keep = 1 - 1 / max(1.0, span)
+    total = weight = 0.0
+    result = np.full(len(values), np.nan)
+    for i, value in enumerate(values):
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        if weight:
+            result[i] = total / weight
+    return result
+
+
+def last_finite(values: np.ndarray) -> float:
+    """The last value that is a number, NaN where there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else math.nan
+
+
+def short_count(value: float) -> str:
+    """A count in three digits: 950, 1.5 K, 12.3 M, 4 G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _has(columns: Columns, key: str) -> bool:
+    return bool(np.isfinite(columns[key]).any())
+
+
+def _render(draw: Callable[[Any, Curves, _Theme], str], curves: Curves, theme: _Theme) -> tuple[bytes, str]:
+    """One PNG of 1280 × 608 pixels, and what `draw` says it shows."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import FuncFormatter
+
+    style: dict[Any, Any] = {
+        "font.family": "DejaVu Sans",
+        "font.size": 10.5,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.text,
+        "axes.edgecolor": theme.grid,
+        "axes.facecolor": theme.page,
+        "xtick.color": theme.text,
+        "ytick.color": theme.text,
+        "xtick.labelcolor": theme.text,
+        "ytick.labelcolor": theme.text,
+        "grid.color": theme.grid,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(8, 3.8), dpi=160, facecolor=theme.page, layout="constrained")
+        axes = canvas.add_subplot()
+        description = draw(axes, curves, theme)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        for number, tokens in enumerate(curves.restarts):
+            label = None if number else "restart"
+            axes.axvline(tokens, color=theme.text, alpha=0.55, linewidth=0.9, linestyle=(0, (1, 2)), label=label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
+        picture = io.BytesIO()
+        canvas.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue(), description
+
+
+def _line(axes: "Axes", columns: Columns, key: str, **style: Any) -> None:
+    """A curve over tokens; a gap where there is no number, dots where there are few."""
+    marker = "o" if len(columns[key]) <= 40 else None
+    axes.plot(columns["tokens"], columns[key], **({"linewidth": 1.8, "marker": marker, "markersize": 4} | style))
+
+
+def _draw_loss(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    train, words = curves.train, []
+    if _has(train, "loss"):
+        _line(axes, train, "loss", color=theme.first, linewidth=0.7, alpha=0.4, marker=None)
+        smooth = smoothed(train["loss"], len(train["loss"]) / 50)
+        axes.plot(train["tokens"], smooth, color=theme.first, linewidth=1.8, label="training, smoothed")
+        words.append(f"training loss from {_first_finite(train['loss']):.3f} to {last_finite(smooth):.3f}")
+    if _has(curves.heldout, "loss"):
+        _line(axes, curves.heldout, "loss", color=theme.second, label="held out")
+        words.append(f"held-out loss ends at {last_finite(curves.heldout['loss']):.3f}")
+    axes.set_ylabel("nats per token")
+    return f"Loss in nats per token against tokens: {', '.join(words)}."
+
+
+def _draw_bits_per_byte(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    _line(axes, curves.heldout, "bits_per_byte", color=theme.second, label="this model")
+    for (name, value), colour in zip(curves.compressors.items(), (theme.third, theme.fourth), strict=False):
+        axes.axhline(value, color=colour, linewidth=1.4, linestyle="--", label=f"{name}: {value:.3f}")
+    axes.set_ylabel("bits per byte")
+    beside = "".join(f"; {name} needs {value:.3f}" for name, value in curves.compressors.items())
+    last = last_finite(curves.heldout["bits_per_byte"])
+    return f"Held-out bits per byte against tokens, ending at {last:.3f}{beside}."
+
+
+def _draw_learning_rate(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    _line(axes, curves.train, "lr", color=theme.first, marker=None)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate")
+    peak, last = np.nanmax(curves.train["lr"]), last_finite(curves.train["lr"])
+    return f"Learning rate against tokens: at most {peak:.3g}, at the end {last:.3g}."
+
+
+def _draw_gradient_norm(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    norm = curves.train["grad_norm"]
+    _line(axes, curves.train, "grad_norm", color=theme.first, linewidth=0.7, alpha=0.4, marker=None)
+    smooth = smoothed(norm, len(norm) / 50)
+    axes.plot(curves.train["tokens"], smooth, color=theme.first, linewidth=1.8, label="smoothed")
+    if np.nanmin(norm) > 0 and np.nanmax(norm) / np.nanmin(norm) > 20:
+        axes.set_yscale("log")
+    axes.set_ylabel("global norm of the gradient")
+    return f"Gradient norm against tokens: median {np.nanmedian(norm):.3g}, largest {np.nanmax(norm):.3g}."
+
+
+def _draw_speed(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    from matplotlib.ticker import FuncFormatter
+
+    speed = curves.train["tokens_per_s"]
+    median = float(np.nanmedian(speed))
+    _line(axes, curves.train, "tokens_per_s", color=theme.first, linewidth=1.0, marker=None)
+    axes.axhline(median, color=theme.second, linewidth=1.4, linestyle="--", label=f"median: {short_count(median)}")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tokens per second")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    return f"Tokens per second against tokens: median {short_count(median)}."
+
+
+def _first_finite(values: np.ndarray) -> float:
+    return last_finite(values[::-1])

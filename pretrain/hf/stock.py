@@ -1,0 +1,62 @@
+"""The stock Hugging Face classes a model can become, and which one fits a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ...errors import UserError
+from ...model.config import ModelConfig
+from .mapping import WeightNames
+from .stock_paired import Bamba, GraniteMoeHybrid
+from .stock_single import Mamba2, NemotronH
+
+
+class StockClass(Protocol):
+    """A stock class: what it can express, its config.json from our configuration and back, its tensor names."""
+
+    model_type: str
+    architecture: str
+    names: WeightNames
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """What keeps the model from being expressed, each as "setting; remedy"; empty when it can be."""
+        ...
+
+    def fields(self, config: ModelConfig) -> dict[str, Any]:
+        """The fields of config.json that say the architecture, for a configuration without problems."""
+        ...
+
+    def model_config(self, fields: Mapping[str, Any]) -> ModelConfig:
+        """Our configuration of a config.json. Raises `UserError` for what we do not offer."""
+        ...
+
+
+# In order of preference: the first that fits is used.
+STOCK_CLASSES: tuple[StockClass, ...] = (Mamba2(), NemotronH(), GraniteMoeHybrid(), Bamba())
+
+
+def choose_stock_class(config: ModelConfig) -> StockClass:
+    """The stock class that computes exactly what `config` does.
+
+    Raises:
+        UserError: there is none; names what to change for the class that comes nearest.
+    """
+    refusals = [(stock.problems(config), stock) for stock in STOCK_CLASSES]
+    for problems, stock in refusals:
+        if not problems:
+            return stock
+    problems, stock = min(refusals, key=lambda refusal: len(refusal[0]))
+    raise UserError(
+        f"no stock Hugging Face class computes this model; the nearest, {stock.architecture}, does not have: "
+        + "; ".join(problems)
+    )
+
+
+def stock_class_of(fields: Mapping[str, Any], where: str) -> StockClass:
+    """The stock class of a config.json. Raises `UserError` for classes we cannot read."""
+    for stock in STOCK_CLASSES:
+        if fields.get("model_type") == stock.model_type:
+            return stock
+    known = ", ".join(stock.model_type for stock in STOCK_CLASSES)
+    raise UserError(f"{where}: model_type {fields.get('model_type')!r} cannot be read; known are {known}")

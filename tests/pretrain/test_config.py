@@ -1,0 +1,124 @@
+"""Configurations: read, checked as a whole, written back."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+from headrace.errors import UserError
+from headrace.pretrain.config import Config, load_config
+from headrace.pretrain.config_io import apply_overrides, format_toml
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CONFIG
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "run.toml").write_text(CONFIG)
+    return tmp_path / "run.toml"
+
+
+def refusal(path: Path, *overrides: str, world_size: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides, world_size)
+    return str(caught.value)
+
+
+def test_round_trip_through_toml(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["optimizer.betas=[0.8, 0.99]", "parallel.dp_shard=2", "data.folder=a \"b\"\\c\t"])
+    again = tmp_path / "again.toml"
+    again.write_text(config.to_toml())
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_shipped_configs_load(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+values = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.text(st.characters(exclude_categories=("Cs",))),
+    st.lists(st.integers(-5, 5)).map(tuple),
+)
+keys = st.text("abcdefgh_-0123", min_size=1)
+
+
+@given(st.recursive(st.dictionaries(keys, values), lambda inner: st.dictionaries(keys, inner | values), max_leaves=8))
+def test_written_toml_reads_back(tables: dict) -> None:
+    def as_lists(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: as_lists(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    assert tomllib.loads(format_toml(tables)) == as_lists(tables)
+
+
+def test_unknown_key_names_the_nearest(path: Path) -> None:
+    assert "unknown key model.d_modle; did you mean d_model?" in refusal(path, "model.d_modle=64")
+    assert "unknown key trian; did you mean train?" in refusal(path, "trian.steps=3")
+
+
+def test_all_mistakes_are_listed_at_once(path: Path) -> None:
+    message = refusal(path, "train.steps=0", "optimizer.lr=-1", "model.pattern=mamba3", "log.every_steps=0")
+    assert "mistakes" in message
+    for part in ("train.steps=0", "optimizer.lr=-1", "mamba2", "log.every_steps=0"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.steps=many", "train.steps='many' is not of type int"),
+        ("train.steps=1.5", "train.steps=1.5 is not of type int"),
+        ("train.compile=1", "train.compile=1 is not of type bool"),
+        ("train.steps=true", "train.steps=True is not of type int"),
+        ("optimizer.kind=sgd", "optimizer.kind='sgd' is not one of 'adamw', 'muon'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas has 1 items; it needs 2"),
+        ("model=3", "model=3 is not a table"),
+        ("run.name=../up", "run.name='../up' must be letters"),
+        ("train.steps", "has no value"),
+        ("train.steps.x=1", "steps is a value, not a section"),
+    ],
+)
+def test_wrong_values_say_what_is_wrong(path: Path, override: str, part: str) -> None:
+    assert part in refusal(path, override)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[run\nname = 3")
+    assert "not valid TOML" in refusal(tmp_path / "broken.toml")
+    (tmp_path / "empty.toml").write_text("")
+    assert "missing key run.name" in refusal(tmp_path / "empty.toml")
+
+
+def test_layout_must_fit_the_world(path: Path) -> None:
+    assert "batch_rows=4 does not split over 3 data-parallel ranks; use 3 or 6" in refusal(path, world_size=3)
+    assert "dp_replicate=3 does not divide the 4 processes; use one of [1, 2, 4]" in refusal(
+        path, "parallel.dp_replicate=3", world_size=4
+    )
+    assert "needs 8 processes, but 4 were started" in refusal(
+        path, "parallel.dp_replicate=2", "parallel.dp_shard=4", world_size=4
+    )
+    assert "micro_batch_rows=3 does not divide the 4 rows of each rank; use one of [1, 2, 4]" in refusal(
+        path, "train.micro_batch_rows=3", world_size=1
+    )
+
+
+def test_overrides_do_not_need_quotes() -> None:
+    assert apply_overrides({}, ["a.b=word", "a.c=1e-3", "d=[1, 2]", "e=true"]) == {
+        "a": {"b": "word", "c": 1e-3},
+        "d": [1, 2],
+        "e": True,
+    }
+
+
+def test_configs_are_frozen(path: Path) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config(path).train.steps = 3  # type: ignore[misc]

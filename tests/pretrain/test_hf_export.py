@@ -1,0 +1,315 @@
+"""Export of a run: stock classes load it, it reads back to the same tensors, and nothing is left half-written."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from headrace.errors import UserError
+from headrace.model.config import ModelConfig
+from headrace.model.ffns.mlp import MLPConfig
+from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.pretrain.hf import choose_stock_class, export_hf, import_hf
+from headrace.pretrain.hf import export as export_module
+from headrace.pretrain.hf.stock_folder import plan_shards, read_weights
+from headrace.pretrain.hf.verify import compare_with_stock, load_stock_model
+
+transformers = pytest.importorskip("transformers")
+
+MAMBA2 = Mamba2Config(head_dim=8, d_state=8)
+ATTENTION = AttentionConfig(num_heads=4)
+TINY = {"vocab_size": 400, "d_model": 16, "mamba2": MAMBA2, "attention": ATTENTION}
+HYBRIDS = {
+    "Mamba2ForCausalLM": ModelConfig(**TINY, pattern="2*mamba2"),
+    "NemotronHForCausalLM": ModelConfig(
+        **TINY, pattern="mamba2 attention mlp mlp", mlp=MLPConfig(d_hidden=24, activation="relu2")
+    ),
+    "GraniteMoeHybridForCausalLM": ModelConfig(**TINY, pattern="2*(mamba2 mlp) attention mlp"),
+    "BambaForCausalLM": ModelConfig(
+        **{**TINY, "attention": dataclasses.replace(ATTENTION, rope_fraction=0.5)}, pattern="mamba2 mlp attention mlp"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return hf_models.train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """The folder of a run with a small hybrid model."""
+    hf_models.write_run(tmp_path / "run", hf_models.random_model(HYBRIDS["NemotronHForCausalLM"], 1), tokenizer)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_round_trip_through_stock_classes(architecture, tokenizer, tmp_path):
+    model = hf_models.random_model(HYBRIDS[architecture], 3)
+    checkpoint = hf_models.write_run(tmp_path / "run", model, tokenizer)
+    report = export_hf(tmp_path / "run")
+    assert (report.folder, report.architecture) == (tmp_path / "run" / "hf", architecture)
+    assert report.max_logit_difference is not None
+    assert report.max_logit_difference < 1e-4
+    assert architecture in str(report)
+
+    stock_model = transformers.AutoModelForCausalLM.from_pretrained(report.folder)
+    stock_tokenizer = transformers.AutoTokenizer.from_pretrained(report.folder)
+    assert type(stock_model).__name__ == architecture
+    text = "import os\n\n\ndef f(x):\n    return x  # naïve 漢字 🙂 <s>\n"
+    ids = stock_tokenizer(text, return_tensors="pt")
+    assert ids["input_ids"].tolist() == [[tokenizer.bos_id, *tokenizer.encode(text)]]
+    with torch.no_grad():
+        torch.testing.assert_close(stock_model(**ids).logits, model(ids["input_ids"]), atol=1e-4, rtol=1e-4)
+    settings = stock_model.config
+    assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert stock_model.generation_config.pad_token_id == tokenizer.pad_id
+
+    config, weights = import_hf(report.folder)
+    original = dict(model.named_parameters())
+    assert weights.keys() == original.keys()
+    assert all(torch.equal(weights[name], original[name]) for name in original)
+    assert config.num_params() == model.config.num_params()
+    assert (config.tie_embeddings, config.norm_eps) == (model.config.tie_embeddings, model.config.norm_eps)
+    assert export_hf(checkpoint, tmp_path / "again", verify=False).max_logit_difference is None
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (report.folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "nemotron_h", "bamba", "granitemoehybrid"])
+@pytest.mark.parametrize("seed", range(5))
+def test_import_gives_back_every_option_that_matters(model_type, seed, tmp_path):
+    model = hf_models.random_model(hf_models.random_config(model_type, seed), seed)
+    hf_models.write_folder(model, hf_models.stock_of(model_type), tmp_path)
+    config, weights = import_hf(tmp_path)
+    original = dict(model.named_parameters())
+    assert weights.keys() == original.keys()
+    assert all(torch.equal(weights[name], original[name]) for name in original)
+    reread = hf_models.random_model(config, seed)
+    reread.load_state_dict(weights)
+    tokens_BL = torch.randint(0, hf_models.VOCAB, (1, 30), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(reread(tokens_BL), model(tokens_BL), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
+def test_import_reads_what_transformers_itself_saves(model_type, tmp_path):
+    model = hf_models.random_model(hf_models.random_config(model_type, 2), 2)
+    (tmp_path / "ours").mkdir()
+    hf_models.write_folder(model, hf_models.stock_of(model_type), tmp_path / "ours")
+    load_stock_model(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    _, weights = import_hf(tmp_path / "theirs")
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_weights_in_several_files_load_the_same(tmp_path):
+    model = hf_models.random_model(HYBRIDS["BambaForCausalLM"], 5)
+    stock = choose_stock_class(model.config)
+    hf_models.write_folder(model, stock, tmp_path, shard_bytes=10_000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in read_weights(tmp_path).values())
+    tokens_BL = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_stock_model(tmp_path)(tokens_BL).logits, model(tokens_BL), atol=1e-4, rtol=1e-4)
+    _, weights = import_hf(tmp_path)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_shard_holds_as_much_as_fits_and_at_least_one_tensor():
+    shapes = {"a": (10,), "b": (10,), "c": (100,), "d": (1,)}
+    assert list(plan_shards(shapes, 80).values()) == [["a", "b"], ["c"], ["d"]]
+    assert plan_shards(shapes, 10**9) == {"model.safetensors": ["a", "b", "c", "d"]}
+
+
+def with_(config=None, **changes):
+    return dataclasses.replace(config or HYBRIDS["GraniteMoeHybridForCausalLM"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (with_(pattern="3*mamba2"), "Mamba2ForCausalLM"),
+        (with_(pattern="mamba2", mamba2=dataclasses.replace(MAMBA2, num_heads=3)), "NemotronHForCausalLM"),
+        (with_(pattern="mlp mamba2 attention", mlp=MLPConfig(activation="gelu")), "NemotronHForCausalLM"),
+        (with_(attention=dataclasses.replace(ATTENTION, rope_fraction=1.0)), "GraniteMoeHybridForCausalLM"),
+        (with_(pattern="attention mlp"), "GraniteMoeHybridForCausalLM"),
+        (
+            with_(attention=dataclasses.replace(ATTENTION, rope_fraction=1.0), mlp=MLPConfig(bias=True)),
+            "BambaForCausalLM",
+        ),
+    ],
+)
+def test_the_stock_class_that_fits_is_chosen_and_loads(config, architecture, tmp_path):
+    stock = choose_stock_class(config)
+    assert stock.architecture == architecture
+    model = hf_models.random_model(config, 1)
+    hf_models.write_folder(model, stock, tmp_path)
+    with torch.no_grad():
+        logits_BLV = load_stock_model(tmp_path)(torch.arange(20)[None]).logits
+    torch.testing.assert_close(model(torch.arange(20)[None]), logits_BLV, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "sliding_attention mlp mamba2 mlp"}, "sliding_attention layers .leave them out"),
+        ({"mamba2": dataclasses.replace(MAMBA2, norm_before_gate=True)}, "norm_before_gate=true .use false"),
+        ({"mamba2": dataclasses.replace(MAMBA2, skip="channel")}, 'skip="channel" .use "head"'),
+        ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="none")}, 'gated_norm="none" .use "group"'),
+        ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="whole", num_groups=2)}, 'gated_norm="whole"'),
+        ({"pattern": "2*mamba2 mlp attention mlp"}, "follow every mixer"),
+        ({"mlp": MLPConfig(bias=True)}, "mlp.bias=true .use false|rope_fraction=0 .use 0.5 or 1"),
+    ],
+)
+def test_what_no_stock_class_computes_is_refused_with_the_nearest_setting(changes, message, tokenizer, tmp_path):
+    model = hf_models.random_model(with_(**changes), 1)
+    hf_models.write_run(tmp_path / "run", model, tokenizer)
+    with pytest.raises(UserError, match=f"no stock Hugging Face class.*({message})"):
+        export_hf(tmp_path / "run")
+    assert not (tmp_path / "run/hf").exists()
+
+
+def test_what_is_in_the_way_is_kept_and_an_earlier_export_replaced(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is no earlier export"):
+        export_hf(run, out)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").unlink()
+    export_hf(run, out)
+    first = (out / "model.safetensors").read_bytes()
+    hf_models.write_run(run, hf_models.random_model(HYBRIDS["NemotronHForCausalLM"], 2), tokenizer_of(run), step=8)
+    export_hf(run, out)
+    assert (out / "model.safetensors").read_bytes() != first
+    assert json.loads((out / "headrace.json").read_text())["checkpoint"] == "step-00000008"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def tokenizer_of(run: Path):
+    from headrace.data import Tokenizer
+
+    return Tokenizer.load(run)
+
+
+@pytest.mark.parametrize("failing", ["convert_tokenizer", "write_model", "compare_with_stock"])
+def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(run, failing, monkeypatch):
+    export_hf(run)
+    before = {path.name: path.read_bytes() for path in (run / "hf").iterdir()}
+
+    def fail(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, failing, fail)
+    with pytest.raises(UserError, match="No space left on device; nothing was changed"):
+        export_hf(run)
+    assert {path.name: path.read_bytes() for path in (run / "hf").iterdir()} == before
+    assert not list(run.glob(".hf*"))
+
+
+def test_the_check_finds_a_tensor_in_the_wrong_place(run, tokenizer, monkeypatch):
+    export_hf(run)
+    config, weights = import_hf(run / "hf")
+    swapped = {**weights, "layers.0.mixer.in_B.weight": weights["layers.0.mixer.in_C.weight"]}
+    model = hf_models.random_model(config, 1)
+    model.load_state_dict(swapped)
+    with pytest.raises(RuntimeError, match="computes other logits"):
+        compare_with_stock(run / "hf", model, tokenizer)
+    fields = json.loads((run / "hf/config.json").read_text())
+    (run / "hf/config.json").write_text(json.dumps({**fields, "mlp_bias": True}))
+    with pytest.raises(RuntimeError, match=r"does not load the export exactly.*missing_keys"):
+        load_stock_model(run / "hf")
+
+
+def test_another_tokenizer_or_checkpoint_is_a_user_error(run, tmp_path):
+    other = hf_models.train_tokenizer(tmp_path / "other.model", vocab_size=380)
+    (run / "tokenizer.model").write_bytes(other.model)
+    with pytest.raises(UserError, match="is not the tokenizer this model was trained with"):
+        export_hf(run)
+    (run / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"cannot read the tokenizer .*tokenizer\.model"):
+        export_hf(run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("d_model = 16", "d_model = 32"))
+    (run / "tokenizer.model").write_bytes((tmp_path / "other.model").read_bytes())
+    with pytest.raises(UserError):
+        export_hf(run)
+
+
+def test_missing_run_missing_checkpoint_missing_transformers(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"):
+        export_hf(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run folder and no checkpoint"):
+        export_hf(tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'headrace\[hf\]'"):
+        export_hf(run)
+    assert export_hf(run, verify=False).num_tensors > 0
+
+
+def change_config(folder: Path, **changes) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' cannot be read; known are mamba2"),
+        ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
+        ({"hybrid_override_pattern": "MEM*"}, "layers that cannot be read: E"),
+        ({"hybrid_override_pattern": "M*-"}, "left over"),
+        ({"mlp_bias": True}, "missing"),
+        ({"ssm_state_size": 16}, "has shape"),
+        ({"n_groups": 3}, "num_groups=3 does not divide"),
+    ],
+)
+def test_import_refuses_what_it_cannot_compute(run, changes, message):
+    export_hf(run, verify=False)
+    change_config(run / "hf", **changes)
+    with pytest.raises(UserError, match=message):
+        import_hf(run / "hf")
+
+
+def test_import_reads_no_pickle_and_says_so(run):
+    export_hf(run, verify=False)
+    (run / "hf/model.safetensors").rename(run / "hf/pytorch_model.bin")
+    with pytest.raises(UserError, match="pickles are not opened"):
+        import_hf(run / "hf")
+    (run / "hf/model.safetensors").write_bytes((run / "hf/pytorch_model.bin").read_bytes()[:-100])
+    with pytest.raises(UserError, match="missing or damaged"):
+        import_hf(run / "hf")
+
+
+def test_stock_models_load_from_the_repository_root(tmp_path):
+    """There transformers finds our `kernels/` where it looks for a package of that name."""
+    for architecture, config in HYBRIDS.items():
+        (tmp_path / architecture).mkdir()
+        hf_models.write_folder(hf_models.random_model(config, 1), choose_stock_class(config), tmp_path / architecture)
+    code = (
+        "import sys, torch, transformers\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = transformers.AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    print(type(model).__name__, tuple(model(torch.arange(9)[None]).logits.shape))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in HYBRIDS)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [f"{name} (1, 9, 400)" for name in HYBRIDS], done.stderr
+
+
+def test_importing_the_conversion_loads_no_transformers():
+    code = "import sys, headrace.pretrain.hf, headrace.pretrain.generate; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

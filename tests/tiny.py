@@ -1,0 +1,65 @@
+"""A corpus of a few pages, prepared, and a run on it that takes a second."""
+
+import random
+from pathlib import Path
+
+from headrace.data import PrepareConfig, TokenizerConfig, prepare
+from headrace.pretrain.config import Config, load_config
+
+WORDS = "river gate channel wheel water mill stone grain flour weir sluice lake the a and over under turns feeds".split()
+
+CONFIG = """
+[run]
+name = "tiny"
+[data]
+seq_len = 32
+[model]
+vocab_size = 320
+d_model = 16
+pattern = "mamba2 attention mlp"
+[model.mamba2]
+head_dim = 8
+d_state = 8
+chunk_size = 16
+[model.attention]
+num_heads = 2
+rope_fraction = 1.0
+[train]
+steps = 6
+batch_rows = 4
+[optimizer]
+kind = "muon"
+[schedule]
+warmup_steps = 2
+[checkpoint]
+every_steps = 2
+keep_last = 9
+[log]
+every_steps = 1
+"""
+
+
+def write_corpus(folder: Path, num_files: int = 40) -> Path:
+    """Text files of random sentences, the same each time."""
+    generator = random.Random(1)
+    folder.mkdir(parents=True)
+    for number in range(num_files):
+        lines = [" ".join(generator.choices(WORDS, k=8)) + "." for _ in range(generator.randint(1, 30))]
+        (folder / f"{number:03}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def prepare_tiny(folder: Path) -> Path:
+    """The corpus as token shards with a tokenizer of 320 pieces."""
+    corpus = write_corpus(folder / "corpus")
+    out = folder / "data"
+    tokenizer = TokenizerConfig(vocab_size=320)
+    prepare(PrepareConfig(corpus=str(corpus), out=str(out), heldout_fraction=0.2, tokenizer=tokenizer))
+    return out
+
+
+def tiny_config(folder: Path, data: Path, *overrides: str) -> Config:
+    """The configuration of a tiny run under `folder`."""
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG)
+    return load_config(path, [f"run.root={folder}", f"data.folder={data}", *overrides])
