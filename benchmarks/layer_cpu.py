@@ -3,7 +3,9 @@
     python benchmarks/layer_cpu.py [--length 1024] [--rounds 7]
 
 Both layers are norm + mixer + residual in float32 with the same weights; a round times one forward and backward of
-each in turn, in CPU seconds of the process, and the table shows medians over the rounds.
+each in turn, in CPU seconds of the process, and the table shows medians over the rounds. Every layer runs twice a
+round: with the matrix products torch picks by itself (MKL's on x86), and with those that headrace's runs ask for
+(oneDNN's, where `kernels.products.prefer_onednn` finds them exact).
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from headrace.kernels.products import prefer_onednn
 from headrace.model import SequenceContext
 from headrace.model.block import Block
 from headrace.model.mixers.mamba2 import Mamba2Config
@@ -88,16 +91,23 @@ def main() -> None:
         stock = build_stock(ours, chunk_size)
         layers[f"transformers, chunk {chunk_size}"] = (stock, stock)
         torch.testing.assert_close(stock(x_BLD), ours(x_BLD, context), rtol=1e-3, atol=1e-4)
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    switches = {"torch's default": torch.backends.mkldnn.matmul.fp32_precision}
+    prefer_onednn()
+    switches["as in a run"] = torch.backends.mkldnn.matmul.fp32_precision
+    seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.rounds + 1):
-        for name, (layer, run) in layers.items():
-            seconds[name].append(time_step(layer, run, x_BLD))
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        for products, switch in switches.items():
+            torch.backends.mkldnn.matmul.fp32_precision = switch
+            for name, (layer, run) in layers.items():
+                seconds.setdefault((name, products), []).append(time_step(layer, run, x_BLD))
+    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}
     print(f"d_model {D_MODEL}, {options.length} tokens, forward + backward, float32, 1 thread\n")
-    print("| layer | CPU-seconds | tokens per CPU-second | headrace is faster by |")
-    print("| --- | --- | --- | --- |")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.3f} | {options.length / median:.0f} | {median / medians['headrace']:.2f} |")
+    print("| layer | products | CPU-seconds | tokens per CPU-second | over headrace | over headrace in a run |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for (name, products), median in medians.items():
+        ratios = [median / medians["headrace", other] for other in (products, "as in a run")]
+        cells = (name, products, f"{median:.3f}", f"{options.length / median:.0f}", *(f"{r:.2f}x" for r in ratios))
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -316,9 +316,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _disk_message(error: OSError, out: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full: {out} was not written, nothing is left of it; free some space or choose another out"
-        )
+        return f"the disk is full: {out} was not written, nothing is left of it; free some space or choose another out"
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return f"{out} was made by another process in the meantime; run the command again"
     return f"cannot write {out}: {error.strerror or error}; choose another out"

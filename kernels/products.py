@@ -33,4 +33,7 @@ def _is_exact(batch: int, rows: int, inner: int, columns: int) -> bool:
     exact = a @ b
     a, b = a.float(), b.float()
     transposed = (a.mT.contiguous().mT, b.mT.contiguous().mT)
-    return all(torch.equal((x[0] @ y[0] if batch == 1 else x @ y).long().view_as(exact), exact) for x, y in ((a, b), transposed))
+    return all(
+        torch.equal((x[0] @ y[0] if batch == 1 else x @ y).long().view_as(exact), exact)
+        for x, y in ((a, b), transposed)
+    )

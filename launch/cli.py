@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
     train.add_argument("config", help="a TOML file")
-    train.add_argument("--nproc", type=int, help="start this many processes here (default: as torchrun or srun did, else 1)")
+    train.add_argument(
+        "--nproc", type=int, help="start this many processes here (default: as torchrun or srun did, else 1)"
+    )
     _add_overrides(train)
 
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
@@ -73,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
 
     report = _command(subparsers, "report", commands.report, "draw a run: report.html and PNG files")
-    report.add_argument("run", help="a run folder")
+    report.add_argument("run_folder", metavar="run", help="a run folder")
     return parser
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -30,8 +31,9 @@ def train(options: argparse.Namespace) -> int:
 
     path = Path(options.config)
     if options.nproc is not None and "RANK" not in os.environ:
-        from .local import run_processes
+        from .local import check_nproc, run_processes
 
+        check_nproc(options.nproc)
         load_config(path, options.overrides, options.nproc)
         return run_processes(["train", options.config, *options.overrides], options.nproc)
 
@@ -44,6 +46,13 @@ def train(options: argparse.Namespace) -> int:
         progress = train(config, world)
         if world.is_first:
             print(f"{config.run.folder}: step {progress.step}, {progress.tokens:,} tokens", file=sys.stderr)
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        print(f"headrace: rank {world.rank} stops because another process left", file=sys.stderr)
+        # The launcher ends this process as soon as it sees who left first; leaving at once would blur who it was.
+        time.sleep(10)
+        return 1
     finally:
         stop_world()
     return 0
@@ -95,5 +104,5 @@ def report(options: argparse.Namespace) -> int:
     """`headrace report`: the page that shows a run."""
     from ..pretrain.report import write_report
 
-    print(write_report(Path(options.run)))
+    print(write_report(Path(options.run_folder)))
     return 0

@@ -10,13 +10,17 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ..errors import UserError
 
 
+def check_nproc(nproc: int) -> None:
+    """Raises UserError for a number of processes that cannot be started."""
+    if nproc < 1:
+        raise UserError(f"--nproc={nproc} must be at least 1")
+
+
 def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other; the exit status of the first to fail.
 
     A process that fails ends the others. Each has said itself what was wrong, so nothing is printed here.
     """
-    if nproc < 1:
-        raise UserError(f"--nproc={nproc} must be at least 1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     launch = LaunchConfig(
         run_id="headrace",

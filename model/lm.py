@@ -87,11 +87,12 @@ class HybridLM(nn.Module):
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """First values of all parameters: (name, whole float32 CPU tensor), one at a time.
 
-        Each is a function of its name, the seed and its global shape, so every layout begins with the same model.
+        Each is a function of its name, the seed, its global shape and the number of layers, so every layout begins
+        with the same model.
         """
+        depth = len(self.layers)
         for name, parameter in self.named_parameters():
-            generator = generator_for(name, seed)
-            yield name, self._rules[name].init.draw(parameter.shape, generator, len(self.config.kinds))
+            yield name, self._rules[name].init.draw(parameter.shape, generator_for(name, seed), depth)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

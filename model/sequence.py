@@ -69,7 +69,8 @@ class SequenceContext:
         return index_L - start_BL
 
     def advance(self, length: int, device: torch.device, rows: int) -> None:
-        """Note in `states` that these `length` tokens have passed; without states nothing happens."""
+        """Note in `states`, where there are any, that these tokens have passed; the context may then be used again."""
         if self.states is not None:
             last_B = self.position_BL(length, device)[:, -1]
             self.states.position_B = (last_B + 1).expand(rows)
+            self._shared.clear()

@@ -82,17 +82,20 @@ def draw_figures(curves: Curves) -> list[Figure]:
     return figures
 
 
-def smoothed(values: np.ndarray, span: float) -> np.ndarray:
-    """The exponential moving average over about `span` values, unbiased at the start; NaN values are passed over."""
-    keep = 1 - 1 / max(1.0, span)
-    total = weight = 0.0
-    result = np.full(len(values), np.nan)
-    for i, value in enumerate(values):
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        if weight:
-            result[i] = total / weight
-    return result
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean over a window of 2% of the values around each, the NaN among them left out.
+
+    The window shrinks towards the start, evenly on both sides, so that the steep beginning is not drawn too high.
+    """
+    count, half = len(values), len(values) // 100
+    place = np.arange(count)
+    before = np.minimum(half, place)
+    first, last = place - before, np.minimum(place + before, count - 1)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    with np.errstate(invalid="ignore"):
+        return (sums[last + 1] - sums[first]) / (counts[last + 1] - counts[first])
 
 
 def last_finite(values: np.ndarray) -> float:
@@ -163,7 +166,7 @@ def _draw_loss(axes: "Axes", curves: Curves, theme: _Theme) -> str:
     train, words = curves.train, []
     if _has(train, "loss"):
         _line(axes, train, "loss", color=theme.first, linewidth=0.7, alpha=0.4, marker=None)
-        smooth = smoothed(train["loss"], len(train["loss"]) / 50)
+        smooth = smoothed(train["loss"])
         axes.plot(train["tokens"], smooth, color=theme.first, linewidth=1.8, label="training, smoothed")
         words.append(f"training loss from {_first_finite(train['loss']):.3f} to {last_finite(smooth):.3f}")
     if _has(curves.heldout, "loss"):
@@ -192,12 +195,17 @@ def _draw_learning_rate(axes: "Axes", curves: Curves, theme: _Theme) -> str:
 
 
 def _draw_gradient_norm(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     norm = curves.train["grad_norm"]
     _line(axes, curves.train, "grad_norm", color=theme.first, linewidth=0.7, alpha=0.4, marker=None)
-    smooth = smoothed(norm, len(norm) / 50)
+    smooth = smoothed(norm)
     axes.plot(curves.train["tokens"], smooth, color=theme.first, linewidth=1.8, label="smoothed")
     if np.nanmin(norm) > 0 and np.nanmax(norm) / np.nanmin(norm) > 20:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("global norm of the gradient")
     return f"Gradient norm against tokens: median {np.nanmedian(norm):.3g}, largest {np.nanmax(norm):.3g}."
 

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: a progress line, `metrics.jsonl`, and wandb when it is asked for."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,10 @@ class Metrics:
         self.total_steps = config.train.steps
         self.file = path.open("a", encoding="utf-8")
         self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
+
+    def start(self, step: int, tokens: int) -> None:
+        """The run starts, or goes on, after `step`."""
+        self._write({"kind": "start", "step": step, "tokens": tokens})
 
     def train(self, record: dict[str, Any]) -> None:
         """One update's record (see docs/metrics.md for its keys)."""
@@ -75,7 +80,7 @@ def _start_wandb(config: Config) -> Any:
             dir=str(config.run.folder),
             mode=config.log.wandb,
             resume="allow",
-            settings=wandb.Settings(init_timeout=30, silent=True),
+            settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")), silent=True),
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -67,10 +67,13 @@ def write_report(run_dir: Path) -> Path:
 
 
 def read_curves(metrics: Path, results: dict[str, Any]) -> Curves:
-    """The curves of a `metrics.jsonl`, with the compressors' figures of `results`. Raises `UserError` without records."""
+    """The curves of a `metrics.jsonl`, with the compressors' figures of `results`. Raises `UserError` without any.
+
+    A restart is a record of kind `start` after step 0, or a step that does not follow the one before it.
+    """
     train: dict[int, dict[str, Any]] = {}
     heldout: dict[int, dict[str, Any]] = {}
-    restarts: list[int] = []
+    restarts: list[float] = []
     last = 0
     for record in _records(metrics):
         step = record["step"]
@@ -78,15 +81,18 @@ def read_curves(metrics: Path, results: dict[str, Any]) -> Curves:
             heldout[step] = record
         elif record["kind"] == "train":
             if step <= last:
-                restarts.append(step)
+                restarts.append(_number(record.get("tokens")))
             train[step], last = record, step
+        elif record["kind"] == "start" and step:
+            restarts.append(_number(record.get("tokens")))
+            last = step
     if not train and not heldout:
         raise UserError(f"{metrics} has no metrics; give a run folder in which at least one step was trained")
     compressors = {f"{program} -9": _number(results.get(f"{program}_bits_per_byte")) for program in ("gzip", "xz")}
     return Curves(
         train=_columns(train, _TRAIN_KEYS),
         heldout=_columns(heldout, _HELDOUT_KEYS),
-        restarts=[_number(train[step].get("tokens")) for step in restarts],
+        restarts=[tokens for tokens in restarts if math.isfinite(tokens)],
         compressors={name: value for name, value in compressors.items() if math.isfinite(value)},
     )
 
@@ -181,7 +187,7 @@ def _headlines(curves: Curves, results: dict[str, Any]) -> list[tuple[str, str]]
     bits = _number(results.get("bits_per_byte"))
     if not math.isfinite(bits):
         bits = last_finite(curves.heldout["bits_per_byte"])
-    loss = last_finite(smoothed(curves.train["loss"], len(curves.train["loss"]) / 50))
+    loss = last_finite(smoothed(curves.train["loss"]))
     speed = curves.train["tokens_per_s"]
     figures = [("held-out bits per byte", _digits(bits))]
     figures += [(f"{name} of the same bytes", _digits(value)) for name, value in curves.compressors.items()]

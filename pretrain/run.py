@@ -65,15 +65,14 @@ def build_run(config: Config, world: World) -> Run:
         UserError: on every process, when any of them cannot go on.
     """
     mesh = build_mesh(config.parallel, world)
-    data, heldout = open_data(config)
+    rows, heldout = open_data(config)
     folder = open_together(config, world)
     model = build_model(config, mesh, world.device)
     optimizers = build_optimizers(model, config.optimizer)
     tensors = training_tensors(model, optimizers)
-    facts = data_facts(config, data)
+    facts = data_facts(config, rows.dataset)
     resumed = resume_training(checkpoints(config), tensors, facts, world.rank)
     progress = resumed or Progress()
-    rows = TokenRows(data, config.data.seq_len, config.data.seed)
     loader = BatchLoader(
         rows,
         batch_rows=config.train.batch_rows // world.size,
@@ -85,9 +84,11 @@ def build_run(config: Config, world: World) -> Run:
     metrics = None
     if folder is not None:
         write_record(folder, config, {"layout": layout(mesh), "data": facts, "resumed_at": progress.step})
-        shutil.copyfile(data.tokenizer_path, folder.path / "tokenizer.model")
+        shutil.copyfile(rows.dataset.tokenizer_path, folder.path / "tokenizer.model")
         cut_metrics(folder.metrics, progress.step)
     metrics = start_metrics(config, folder)
+    if metrics is not None and progress.step < config.train.steps:
+        metrics.start(progress.step, progress.tokens)
     return Run(config, world, model, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
 
 
@@ -115,8 +116,8 @@ def start_metrics(config: Config, folder: RunFolder | None) -> Metrics | None:
     return metrics
 
 
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
-    """The training and held-out split, checked against the tokenizer beside them and the model's vocabulary. Collective.
+def open_data(config: Config) -> tuple[TokenRows, TokenDataset]:
+    """The training rows and the held-out split, checked against the tokenizer and the model's vocabulary. Collective.
 
     Raises:
         UserError: on every process, when the data is damaged or does not fit on any.
@@ -130,10 +131,11 @@ def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
                 f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the tokenizer in "
                 f"{config.data.folder}; set model.vocab_size={data.vocab_size} or more"
             )
+        rows = TokenRows(data, config.data.seq_len, config.data.seed)
     except UserError as met:
         error = met
     raise_together(error)
-    return data, heldout
+    return rows, heldout
 
 
 def data_facts(config: Config, data: TokenDataset) -> dict[str, Any]:

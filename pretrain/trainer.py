@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import asdict
 
 import torch
 
@@ -126,4 +125,11 @@ def report_heldout(run: Run) -> None:
     """Evaluate and write the record. Collective."""
     found = evaluate(run.model, run.heldout, run.config.eval, run.world)
     if run.metrics is not None:
-        run.metrics.evaluation({"step": run.progress.step, "tokens": run.progress.tokens} | asdict(found))
+        run.metrics.evaluation(
+            {
+                "step": run.progress.step,
+                "tokens": run.progress.tokens,
+                "loss": found.loss,
+                "bits_per_byte": found.bits_per_byte,
+            }
+        )

@@ -146,12 +146,12 @@ def _serve(descriptor: int, parent: int) -> None:
     link = Connection(descriptor)
     while True:
         try:
-            call = pickle.loads(link.recv_bytes())
+            address, rank, world_size, store, timeout_s = pickle.loads(link.recv_bytes())
             payload = link.recv_bytes()
         except EOFError:
             return
         try:
-            reply = pickle.dumps((True, _call(*call, payload)))
+            reply = pickle.dumps((True, _call(address, rank, world_size, store, timeout_s, payload)))
         except BaseException:
             reply = pickle.dumps((False, traceback.format_exc()))
         try:

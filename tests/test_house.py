@@ -53,7 +53,9 @@ def test_arrows_run_downwards(path: Path) -> None:
             assert name[1] in allowed, f"{name_of(path)} may not import headrace.{name[1]}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("kernels", "model")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("kernels", "model")], ids=name_of
+)
 def test_models_do_not_know_how_they_are_spread(path: Path) -> None:
     assert not any(name[:2] == ("torch", "distributed") for name in imports(path))
 
@@ -105,7 +107,11 @@ def test_public_names_are_documented(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{name_of(path)}:{node.name} has no docstring"
             for member in getattr(node, "body", []):
-                if isinstance(node, ast.ClassDef) and isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                if (
+                    isinstance(node, ast.ClassDef)
+                    and isinstance(member, ast.FunctionDef)
+                    and not member.name.startswith("_")
+                ):
                     assert ast.get_docstring(member), f"{name_of(path)}:{node.name}.{member.name} has no docstring"
 
 

@@ -100,8 +100,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _backward(ctx: Any, dy_BLD: Tensor | None, dfinal: Tensor | None) -> tuple:
-    dx, dweight, dbias, dinitial = _conv1d_backward(dy_BLD, dfinal, *ctx.saved_tensors, ctx.silu)
-    bias, initial_state = ctx.saved_tensors[2:4]
+    saved = ctx.saved_tensors  # unpacked once: a checkpointed region can be read only once
+    dx, dweight, dbias, dinitial = _conv1d_backward(dy_BLD, dfinal, *saved, ctx.silu)
+    bias, initial_state = saved[2:4]
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial, None, None
 
 

@@ -1,15 +1,12 @@
-"""Output head and cross-entropy as one operator: a chunk of tokens at a time, gradients in the same pass.
+"""Output head and cross-entropy as one operator: gradients are ready when the loss is, the backward only scales."""
 
-The gradients of the loss sum are ready when the loss is, so the backward pass only scales them. Logits and
-probabilities of one chunk share one buffer.
-"""
-
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype, needs_gradient
+from .chunked import linear_cross_entropy_forward
 
 # Logits in memory at a time: small enough for a core's last cache, large enough to feed a GPU.
 CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 1 << 20, 1 << 28
@@ -39,7 +36,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit, a chunk size below 1.
-        IndexError: a target outside [0, V).
+        RuntimeError: a target outside [0, V).
     """
     shapes_fit = x_TD.dim() == 2 and target_T.shape == x_TD.shape[:1] and weight_VD.shape[1:] == x_TD.shape[1:]
     if not shapes_fit:
@@ -55,30 +52,6 @@ def linear_cross_entropy(
     return loss_sum, num_targets
 
 
-class _Chunk(NamedTuple):
-    logits: Tensor  # becomes the gradient of the loss to them
-    loss_sum: Tensor
-
-
-def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool) -> _Chunk:
-    """Compute the loss of one chunk and overwrite `logits` by its gradient, if asked."""
-    index = target[:, None]
-    chosen = logits.gather(1, index)
-    peak = logits.amax(1, keepdim=True)
-    weights = logits.sub_(peak).exp_()
-    total = weights.sum(1, keepdim=True)
-    log_total = total.log().add_(peak)
-    loss = log_total - chosen
-    if z_loss:
-        loss = loss + z_loss * log_total.square()
-    if with_gradient:
-        scale = counted / total
-        if z_loss:
-            scale = scale * (1 + 2 * z_loss * log_total)
-        weights.mul_(scale).scatter_add_(1, index, -counted)
-    return _Chunk(weights, (loss * counted).sum())
-
-
 @torch.library.custom_op("headrace::linear_cross_entropy", mutates_args=())
 def _loss(
     x_TD: Tensor,
@@ -90,27 +63,9 @@ def _loss(
     grad_x: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x_TD)
-    loss_sum = x_TD.new_zeros((), dtype=dtype)
-    dx_TD = x_TD.new_empty(x_TD.shape if grad_x else 0)
-    dweight_VD = weight_VD.new_zeros(weight_VD.shape if grad_weight else 0, dtype=dtype)
-    num_targets = (target_T != ignore_index).sum()
-    for start in range(0, x_TD.shape[0], chunk_size):
-        part = slice(start, start + chunk_size)
-        x, target = x_TD[part], target_T[part]
-        counted = target != ignore_index
-        logits = (x @ weight_VD.t()).to(dtype)
-        target = target.masked_fill(~counted, 0)
-        chunk = _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight)
-        loss_sum += chunk.loss_sum
-        dlogits = chunk.logits.to(x.dtype)
-        if grad_x:
-            torch.mm(dlogits, weight_VD, out=dx_TD[part])
-        if grad_weight and x.dtype == dtype:
-            dweight_VD.addmm_(dlogits.t(), x)
-        elif grad_weight:
-            dweight_VD += dlogits.t() @ x
-    return loss_sum, num_targets, dx_TD, dweight_VD.to(weight_VD.dtype)
+    return linear_cross_entropy_forward(
+        x_TD, weight_VD, target_T, ignore_index, chunk_size, z_loss, grad_x, grad_weight
+    )
 
 
 @_loss.register_fake

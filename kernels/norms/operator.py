@@ -42,10 +42,8 @@ def _norm(
     D = x.shape[-1]
     group_size = D if group_size is None else group_size
     if weight.shape != (D,) or (z is not None and z.shape != x.shape):
-        z_shape = None if z is None else tuple(z.shape)
-        raise ValueError(
-            f"x {tuple(x.shape)}, z {z_shape}, weight {tuple(weight.shape)}: give (..., D), the same, (D,)"
-        )
+        shapes = [None if value is None else tuple(value.shape) for value in (x, z, weight)]
+        raise ValueError(f"x, z and weight have shapes {shapes}; give (..., D), the same, and (D,)")
     if group_size < 1 or D % group_size:
         raise ValueError(f"group_size={group_size} does not divide D={D}; use one that does")
     z_TD = None if z is None else z.reshape(-1, D)
@@ -86,8 +84,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _backward(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple:
-    dx, dz, dweight = _norm_backward_operator(dy_TD, *ctx.saved_tensors, ctx.norm_before_gate)
-    return dx, None if ctx.saved_tensors[1] is None else dz, dweight, None, None, None
+    saved = ctx.saved_tensors  # unpacked once: a checkpointed region can be read only once
+    dx, dz, dweight = _norm_backward_operator(dy_TD, *saved, ctx.norm_before_gate)
+    return dx, None if saved[1] is None else dz, dweight, None, None, None
 
 
 _norm_operator.register_autograd(_backward, setup_context=_setup_context)

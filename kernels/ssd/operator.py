@@ -89,9 +89,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _backward(ctx: Any, dy_BLHP: Tensor | None, dfinal_BHPN: Tensor | None, _: Tensor | None) -> tuple:
-    given = ctx.saved_tensors[:7]
-    grads = _backward_operator(dy_BLHP, dfinal_BHPN, *ctx.saved_tensors, ctx.chunk_size)
-    return *(None if value is None else grad for value, grad in zip(given, grads, strict=True)), None, None, None
+    saved = ctx.saved_tensors  # unpacked once: a checkpointed region can be read only once
+    no_output = saved[4] is None
+    grads = _backward_operator(None if no_output else dy_BLHP, dfinal_BHPN, *saved, ctx.chunk_size)
+    return *(None if value is None else grad for value, grad in zip(saved[:7], grads, strict=True)), None, None, None
 
 
 ssd_chunked.register_autograd(_backward, setup_context=_setup_context)

@@ -47,6 +47,7 @@ from .manifest import (
     TensorEntry,
     check_tiling,
     manifest_bytes,
+    read_manifest,
 )
 from .pieces import (
     NUM_THREADS,
@@ -142,6 +143,7 @@ class PieceWriter(StorageWriter):
         file = f"rank-{self._rank:05d}.safetensors"
         sources = [_source(item, planner) for item in plan.items]
         for name, tensor in self._rank_tensors.items():
+            _check_dtype(name, tensor.dtype)
             sources.append(Source(_OWN + name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)))
         entry, digests = write_pieces(self._temporary / file, sources)
         pieces: dict[str, list[Piece]] = {}
@@ -178,6 +180,7 @@ class PieceWriter(StorageWriter):
             file.write(manifest_bytes(manifest))
             file.flush()
             os.fsync(file.fileno())
+        read_manifest(self._temporary)  # what cannot be read back must not become visible, nor replace anything
         publish(self._temporary, self.path)
         if self._keep_last is not None:
             prune(self.path, self._keep_last)
@@ -311,10 +314,14 @@ def _check_storable(item: WriteItem) -> None:
     name = item.index.fqn
     if item.tensor_data is None:
         raise ValueError(f"{name} is not a tensor; put plain values into `extra`")
-    if item.tensor_data.properties.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {item.tensor_data.properties.dtype}, which safetensors cannot hold")
+    _check_dtype(name, item.tensor_data.properties.dtype)
     if _AT in name or name.startswith(_OWN) or name == "__metadata__":
         raise ValueError(f"tensor name {name!r} would clash with a checkpoint's own keys")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
 
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:

@@ -40,17 +40,15 @@ def choose_stock_class(config: ModelConfig) -> StockClass:
     """The stock class that computes exactly what `config` does.
 
     Raises:
-        UserError: there is none; names what to change for the class that comes nearest.
+        UserError: there is none; names what to change for the classes that come nearest.
     """
     refusals = [(stock.problems(config), stock) for stock in STOCK_CLASSES]
     for problems, stock in refusals:
         if not problems:
             return stock
-    problems, stock = min(refusals, key=lambda refusal: len(refusal[0]))
-    raise UserError(
-        f"no stock Hugging Face class computes this model; the nearest, {stock.architecture}, does not have: "
-        + "; ".join(problems)
-    )
+    fewest = min(len(problems) for problems, _ in refusals)
+    nearest = [f"{stock.architecture} lacks {'; '.join(found)}" for found, stock in refusals if len(found) == fewest]
+    raise UserError(f"no stock Hugging Face class computes this model; the nearest: {', or '.join(nearest)}")
 
 
 def stock_class_of(fields: Mapping[str, Any], where: str) -> StockClass:

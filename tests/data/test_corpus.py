@@ -177,4 +177,6 @@ def test_held_out_is_a_function_of_path_and_record(tmp_path: Path) -> None:
     documents, _, corpus = read(tmp_path, heldout_fraction=0.1)
     kept = {(document.file, document.record) for document in documents if corpus.held_out(document)}
     assert kept == {key for key in chosen if key[1] is None}
-    assert not any(corpus.held_out(document) for corpus in [read(tmp_path, heldout_fraction=0)[2]] for document in documents)
+    assert not any(
+        corpus.held_out(document) for corpus in [read(tmp_path, heldout_fraction=0)[2]] for document in documents
+    )

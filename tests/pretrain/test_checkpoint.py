@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,53 @@ def test_a_crash_before_the_rename_leaves_the_previous_visible(saved, monkeypatc
     assert sorted(os.listdir(saved.parent)) == [saved.name, "step-00000502"]
 
 
+KILLED_WHILE_SAVING = """
+import os, random, signal, sys, time
+import torch
+from headrace.pretrain.checkpoint import list_checkpoints, load_full, save_checkpoint
+
+torch.set_num_threads(1)
+draw, folder, newest, interrupted = random.Random(1), sys.argv[1], 0, 0
+for _ in range(25):
+    child = os.fork()
+    if not child:
+        for step in range(newest + 1, newest + 1000):
+            save_checkpoint(folder, step, {f"t{i}": torch.full((2000,), step) for i in range(9)}, extra={}, keep_last=2)
+        os._exit(1)
+    time.sleep(draw.uniform(0.005, 0.12))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    interrupted += any(name.startswith(".tmp-") for name in os.listdir(folder))
+    steps = [int(path.name[5:]) for path in list_checkpoints(folder)]
+    for step, path in zip(steps, list_checkpoints(folder)):
+        assert all((tensor == step).all() for tensor in load_full(path).values()), path
+    assert max(steps, default=0) >= newest, "a checkpoint was lost"
+    newest = max(steps, default=0)
+save_checkpoint(folder, newest + 1, {}, extra={}, keep_last=2)
+assert len(os.listdir(folder)) == 2, "something was left behind"
+print(newest, interrupted)
+"""
+
+
+def test_kill_9_while_saving(tmp_path):
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "run")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    newest, interrupted = map(int, found.stdout.split())
+    assert newest > 10
+    assert interrupted > 5  # most kills really fell into a save
+
+
+@pytest.mark.gpu
+def test_cuda_tensors(tmp_path):
+    wanted = tensors_of()
+    path = save_checkpoint(tmp_path, 1, {name: tensor.cuda() for name, tensor in wanted.items()}, extra={})
+    found = {name: torch.zeros_like(tensor, device="cuda") for name, tensor in wanted.items()}
+    load_checkpoint(path, found)
+    assert_same({name: tensor.cpu() for name, tensor in found.items()}, wanted)
+
+
 def test_a_failed_save_cleans_up(saved, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -222,6 +270,8 @@ def test_what_cannot_be_stored(tmp_path):
         save_checkpoint(tmp_path, 1, {"a@0": torch.ones(1)}, extra={})
     with pytest.raises(ValueError, match="complex64"):
         save_checkpoint(tmp_path, 1, {"a": torch.ones(1, dtype=torch.complex64)}, extra={})
+    with pytest.raises(ValueError, match="rng has dtype"):
+        save_checkpoint(tmp_path, 1, {}, extra={}, rank_tensors={"rng": torch.ones(1, dtype=torch.complex64)})
     with pytest.raises(ValueError, match="not a tensor"):
         save_checkpoint(tmp_path, 1, {"a": 3}, extra={})
     with pytest.raises(ValueError, match="JSON"):

@@ -28,7 +28,7 @@ def refusal(path: Path, *overrides: str, world_size: int | None = None) -> str:
 
 
 def test_round_trip_through_toml(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["optimizer.betas=[0.8, 0.99]", "parallel.dp_shard=2", "data.folder=a \"b\"\\c\t"])
+    config = load_config(path, ["optimizer.betas=[0.8, 0.99]", "parallel.dp_shard=2", 'data.folder=a "b"\\c\t'])
     again = tmp_path / "again.toml"
     again.write_text(config.to_toml())
     assert load_config(again) == config

@@ -164,7 +164,7 @@ def test_the_stock_class_that_fits_is_chosen_and_loads(config, architecture, tmp
         ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="none")}, 'gated_norm="none" .use "group"'),
         ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="whole", num_groups=2)}, 'gated_norm="whole"'),
         ({"pattern": "2*mamba2 mlp attention mlp"}, "follow every mixer"),
-        ({"mlp": MLPConfig(bias=True)}, "mlp.bias=true .use false|rope_fraction=0 .use 0.5 or 1"),
+        ({"mlp": MLPConfig(bias=True)}, "mlp.bias=true .use false.*or BambaForCausalLM lacks .*rope_fraction=0"),
     ],
 )
 def test_what_no_stock_class_computes_is_refused_with_the_nearest_setting(changes, message, tokenizer, tmp_path):

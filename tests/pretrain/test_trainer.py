@@ -1,0 +1,226 @@
+"""Whole runs of a tiny model: resuming, changing the number of ranks, skipped updates, and what stops a run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
+from headrace.errors import UserError
+from headrace.parallel.mesh import World
+from headrace.pretrain import trainer
+from headrace.pretrain.checkpoint import latest_checkpoint, load_full
+from headrace.pretrain.config import Config
+from headrace.pretrain.run_folder import open_run_folder
+from headrace.pretrain.trainer import train
+from tiny import prepare_tiny, tiny_config
+
+MEASURED = {"seconds", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+def run_to_end(config: Config) -> int:
+    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
+
+
+def run_expecting_refusal(config: Config) -> str:
+    try:
+        run_to_end(config)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def records(config: Config, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines if line["kind"] == kind]
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in records(config)]
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_full(latest_checkpoint(config.run.folder / "checkpoints"))
+
+
+def rewind(config: Config, to_step: int) -> None:
+    """Leave the run folder as a process killed after `to_step`'s checkpoint, in the middle of a line, would."""
+    for checkpoint in (config.run.folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > to_step:
+            shutil.rmtree(checkpoint)
+    with (config.run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -> None:
+    config = tiny_config(tmp_path, data, "eval.every_steps=3")
+    assert gloo(ranks, run_to_end, config) == [6] * ranks
+    whole, whole_weights = records(config), weights(config)
+    evaluations = records(config, "eval")
+    assert [e["step"] for e in evaluations] == [3, 6]
+    rewind(config, 2)
+    gloo(ranks, run_to_end, config)
+    assert records(config) == whole
+    assert records(config, "eval") == evaluations
+    again = weights(config)
+    assert again.keys() == whole_weights.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole_weights.items())
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_data(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    gloo(1, run_to_end, config)
+    expected = losses(config)
+    for ranks in (2, 4):
+        rewind(config, 2)
+        gloo(ranks, run_to_end, config)
+        assert losses(config)[:2] == expected[:2]
+        assert losses(config)[2:] == pytest.approx(expected[2:], rel=1e-5)
+        assert [r["tokens"] for r in records(config)] == sorted({r["tokens"] for r in records(config)})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.micro_batch_rows=1",),
+        ("train.recompute=full",),
+        ("train.recompute=selective",),
+        ("parallel.dp_replicate=2",),
+        ("parallel.reshard_after_forward=false",),
+    ],
+    ids=lambda o: o[0],
+)
+def test_how_a_step_is_computed_does_not_change_it(
+    gloo: Callable, tmp_path: Path, data: Path, overrides: tuple[str, ...]
+) -> None:
+    expected = tiny_config(tmp_path, data, "run.name=expected", "train.steps=3")
+    gloo(1, run_to_end, expected)
+    config = tiny_config(tmp_path, data, "train.steps=3", *overrides)
+    gloo(2, run_to_end, config)
+    assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_training_learns(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "train.steps=40", "checkpoint.every_steps=0", "optimizer.lr=0.01")
+    gloo(1, run_to_end, config)
+    assert losses(config)[-1] < losses(config)[0] - 1.5
+
+
+def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
+    """Train while the loss of some updates is NaN on the last rank only."""
+    original = trainer.forward_backward
+    calls = 0
+
+    def poisoned(run: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+        nonlocal calls
+        calls += 1
+        result = original(run, batch)
+        if calls in bad_steps and dist.get_rank() == dist.get_world_size() - 1:
+            next(iter(run.model.parameters())).grad.to_local().fill_(float("nan"))
+        return result
+
+    trainer.forward_backward = poisoned
+    try:
+        progress = train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    except UserError as error:
+        return str(error)
+    finally:
+        trainer.forward_backward = original
+    return progress.step, progress.skipped
+
+
+def test_non_finite_updates_are_skipped_on_all_ranks_and_counted(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    assert gloo(2, run_with_nan, config, {3, 5}) == [(6, 2), (6, 2)]
+    assert [r["skipped"] for r in records(config)] == [0, 0, 1, 1, 2, 2]
+    assert [r["grad_norm"] is None for r in records(config)] == [False, False, True, False, True, False]
+    assert all(tensor.isfinite().all() for tensor in weights(config).values())
+
+
+def test_a_run_that_stays_non_finite_stops(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "train.nonfinite_limit=3")
+    for message in gloo(2, run_with_nan, config, {2, 3, 4, 5, 6}):
+        assert "3 updates in a row up to step 4" in message
+    assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000002"
+
+
+def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    holder = open_run_folder(config)
+    for message in gloo(2, run_expecting_refusal, config):
+        assert "is in use by process" in message
+    holder.close()
+    assert gloo(1, run_to_end, config) == [6]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("model.d_model=32", "model.d_model: 16 -> 32"),
+        ("optimizer.lr=0.1", "optimizer.lr: 0.001 -> 0.1"),
+        ("data.seq_len=16", "data.seq_len: 32 -> 16"),
+        ("train.batch_rows=8", "train.batch_rows: 4 -> 8"),
+    ],
+)
+def test_a_changed_run_is_not_resumed(gloo: Callable, tmp_path: Path, data: Path, override: str, part: str) -> None:
+    gloo(1, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
+    (message,) = gloo(1, run_expecting_refusal, tiny_config(tmp_path, data, override))
+    assert part in message
+    assert "choose another run.name" in message
+
+
+def test_a_longer_run_goes_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    gloo(1, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
+    config = tiny_config(tmp_path, data, "train.steps=5")
+    assert gloo(1, run_to_end, config) == [5]
+    assert [r["step"] for r in records(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_is_left_alone(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    gloo(1, run_to_end, config)
+    before = (config.run.folder / "metrics.jsonl").read_bytes()
+    assert gloo(1, run_to_end, config) == [6]
+    assert (config.run.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_under_the_same_path_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    gloo(1, run_to_end, config)
+    moved = tmp_path / "data"
+    tokenizer = TokenizerConfig(path=str(data / "tokenizer.model"))
+    prepare(
+        PrepareConfig(corpus=str(data.parent / "corpus"), out=str(moved), heldout_fraction=0.3, tokenizer=tokenizer)
+    )
+    saved = config.run.folder / "config.toml"
+    saved.write_text(saved.read_text().replace(str(data), str(moved)))
+    changed = tiny_config(tmp_path, moved)
+    (message,) = gloo(1, run_expecting_refusal, changed)
+    assert "was trained on another data order (fingerprint:" in message
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    for message in gloo(2, run_expecting_refusal, tiny_config(tmp_path, data, "model.vocab_size=300")):
+        assert "model.vocab_size=300 is below the 320 pieces" in message
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_the_record_of_a_run(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "run.seed=5")
+    gloo(2, run_to_end, config)
+    record = json.loads((config.run.folder / "manifest.json").read_text())
+    assert record["seed"] == 5
+    assert record["layout"] == {"dp_shard": 2}
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["data"]["fingerprint"]
+    assert (config.run.folder / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
