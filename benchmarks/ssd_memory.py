@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 import torch
-
 from headrace.kernels import ssd_scan
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

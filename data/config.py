@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 STDLIB = "stdlib"
 DEFAULT_FOLDER = "runs/data/stdlib-4096"
+# Longest first: ".jsonl.gz" is not a ".gz".
+RECORD_SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl", ".parquet")
+PIECES = ("word", "mixed", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,10 +14,14 @@ class TokenizerConfig:
     """The tokenizer to train, or the one to use.
 
     `vocab_size` pieces of at most `max_piece_length` characters are learned from about `sample_bytes` bytes of
-    training text. A `path` to a sentencepiece model takes the place of training; the other fields are then unused.
+    training text. `pieces` says what one piece may hold (bytes per token measured on Python source, 4,096 pieces):
+    "word" a word or a run of punctuation or spaces (3.0), "mixed" words and the punctuation beside them (3.4), "text"
+    anything, line ends and several words too (4.0). Longer pieces mean fewer tokens, and harder ones to predict.
+    A `path` to a sentencepiece model takes the place of training; the other fields are then unused.
     """
 
     vocab_size: int = 4096
+    pieces: str = "word"
     max_piece_length: int = 32
     sample_bytes: int = 8_000_000
     path: str | None = None
@@ -27,6 +34,8 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size={self.vocab_size} is outside 300..1000000 "
                 "(256 byte pieces and 4 control pieces are always there); use 4096 for a small model"
             )
+        if self.pieces not in PIECES:
+            found.append(f"tokenizer.pieces={self.pieces!r} is not one of {', '.join(PIECES)}; use word")
         if not 1 <= self.max_piece_length <= 128:
             found.append(f"tokenizer.max_piece_length={self.max_piece_length} is outside 1..128; use 32")
         if not 10_000 <= self.sample_bytes <= 1_000_000_000:
@@ -101,7 +110,3 @@ class DataConfig:
         if not 1 <= self.prefetch <= 1024:
             found.append(f"data.prefetch={self.prefetch} is outside 1..1024; use 4")
         return found
-
-
-# Longest first: ".jsonl.gz" is not a ".gz".
-RECORD_SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl", ".parquet")

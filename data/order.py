@@ -15,6 +15,7 @@ import numpy as np
 
 ROUNDS = 4
 WINDOW_SHARDS = 64
+_FEW = 64
 _MASK_64 = (1 << 64) - 1
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -33,7 +34,7 @@ class Permutation:
             raise ValueError(f"size={size}; a permutation needs at least one value")
         self.size = size
         self.keys = keys
-        # Four bits a half at the least: a smaller network could not reach all permutations of two or three values.
+        # Four bits a half at the least: smaller networks reach the permutations of a few values unequally often.
         self.half_bits = max(4, ((size - 1).bit_length() + 1) // 2)
         self.half_mask = (1 << self.half_bits) - 1
 
@@ -55,6 +56,8 @@ class Permutation:
 
     def table(self) -> np.ndarray:
         """All values, `table()[i] == p(i)`, int64 of shape (size,)."""
+        if self.size < _FEW:
+            return np.array([self(i) for i in range(self.size)], dtype=np.int64)
         result = np.arange(self.size, dtype=np.uint64)
         walking = np.arange(self.size)
         while walking.size:

@@ -21,7 +21,7 @@ from .corpus import Corpus, Document, ReadCounts
 from .dataset import TokenDataset, check_tokenizer
 from .manifest import FORMAT, MANIFEST, SPLITS, TOKENIZER, read_manifest, write_manifest
 from .shards import ShardWriter, write_file
-from .tokenizer import Tokenizer
+from .tokenizer import RECIPE, Tokenizer
 
 PIECE_CHARACTERS = 1000
 # The tokenizer's sample is drawn from at most this much text: a corpus of terabytes is not read twice.
@@ -125,7 +125,7 @@ def _inputs(config: PrepareConfig, corpus: Corpus, given: Tokenizer | None) -> d
     settings = asdict(config)
     for name in ("corpus", "out", "workers"):
         del settings[name]
-    settings["tokenizer"] = {"hash": given.hash} if given else settings["tokenizer"] | {"path": None}
+    settings["tokenizer"] = {"hash": given.hash} if given else settings["tokenizer"] | {"recipe": RECIPE}
     settings["corpus_listing"] = corpus.listing_hash()
     return json.loads(json.dumps(settings))
 
@@ -135,16 +135,23 @@ def _check_finished(out: Path, inputs: dict[str, Any]) -> bool:
     if not (out / MANIFEST).exists():
         raise UserError(f"{out} exists and holds no prepared data; choose another out, or remove it")
     there = read_manifest(out)
-    different = sorted(name for name in inputs if there.values["inputs"].get(name) != inputs[name])
+    before, now = _flatten(there.values["inputs"]), _flatten(inputs)
+    different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
         raise UserError(
-            f"{out} was prepared from other inputs ({', '.join(different)} differ); "
+            f"{out} was prepared from other inputs (different: {', '.join(different)}); "
             "choose another out, or remove that folder to prepare it again"
         )
     for split in SPLITS:
         if there.shards[split]:
             check_tokenizer(TokenDataset(out, split), Tokenizer.load(out))
     return True
+
+
+def _flatten(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same with one level: {"tokenizer": {"pieces": x}} becomes {"tokenizer.pieces": x}."""
+    tokenizer = {f"tokenizer.{name}": value for name, value in inputs["tokenizer"].items()}
+    return {name: value for name, value in inputs.items() if name != "tokenizer"} | tokenizer
 
 
 def _write_folder(
@@ -185,7 +192,10 @@ def _train_tokenizer(config: PrepareConfig, corpus: Corpus, say: Say) -> Tokeniz
     sample = _sample(config, corpus)
     say(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {len(sample)} pieces of text")
     return Tokenizer.train(
-        sample, vocab_size=config.tokenizer.vocab_size, max_piece_length=config.tokenizer.max_piece_length
+        sample,
+        vocab_size=config.tokenizer.vocab_size,
+        max_piece_length=config.tokenizer.max_piece_length,
+        pieces=config.tokenizer.pieces,
     )
 
 

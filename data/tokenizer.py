@@ -11,6 +11,10 @@ from ..errors import UserError
 
 # Longer texts are encoded in spans, cut at a line end: the encoder's memory and time grow faster than the text.
 SPAN_CHARACTERS = 1 << 20
+# Raised whenever `train` would make another model of the same texts, so that prepared data is not taken for new.
+RECIPE = 2
+# The trainer marks unknown characters with this one, and passes over every text that holds it.
+_UNKNOWN_MARK = "\u2585"
 
 
 class Tokenizer:
@@ -51,17 +55,19 @@ class Tokenizer:
         return cls(model, name=str(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, max_piece_length: int) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int, max_piece_length: int, pieces: str = "word"
+    ) -> "Tokenizer":
         """Learns a byte-pair encoding from `texts`; the same texts give the same bytes.
 
-        Normalisation is the identity and unknown characters become bytes. Pieces may span words, line ends and
-        indentation: on source code that is worth 0.7 bytes a token. Ids: unknown 0, BOS 1, EOS 2, padding 3, bytes
-        4..259, then pieces from the most useful.
+        Normalisation is the identity and unknown characters become bytes. `pieces` says what a piece may span (see
+        `TokenizerConfig`). Ids: unknown 0, BOS 1, EOS 2, padding 3, the line end 4 unless pieces span it, then the
+        256 bytes, then pieces from the most useful.
         """
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=(text.replace(_UNKNOWN_MARK, " ") for text in texts),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -72,8 +78,9 @@ class Tokenizer:
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
-                split_by_whitespace=False,
-                split_by_unicode_script=False,
+                split_by_whitespace=pieces != "text",
+                split_by_unicode_script=pieces == "word",
+                user_defined_symbols=[] if pieces == "text" else ["\n"],
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,

@@ -1,19 +1,22 @@
 """Operators: pure functions on tensors, each with its definition (`reference.py`) beside its fast paths."""
 
-from .activations import swiglu
-from .conv1d import causal_conv1d
-from .losses import linear_cross_entropy
-from .norms import gated_rms_norm, rms_norm
-from .ssd import compose, ssd_scan, ssd_step, ssd_summary
+# transformers, run from the repository root, takes this folder for the package `kernels` of the Hub and imports it by
+# that name. Nothing may happen then: registering the operators a second time would free those in use.
+if __name__ != "kernels":
+    from .activations import swiglu
+    from .conv1d import causal_conv1d
+    from .losses import linear_cross_entropy
+    from .norms import gated_rms_norm, rms_norm
+    from .ssd import compose, ssd_scan, ssd_step, ssd_summary
 
-__all__ = [
-    "causal_conv1d",
-    "compose",
-    "gated_rms_norm",
-    "linear_cross_entropy",
-    "rms_norm",
-    "ssd_scan",
-    "ssd_step",
-    "ssd_summary",
-    "swiglu",
-]
+    __all__ = [
+        "causal_conv1d",
+        "compose",
+        "gated_rms_norm",
+        "linear_cross_entropy",
+        "rms_norm",
+        "ssd_scan",
+        "ssd_step",
+        "ssd_summary",
+        "swiglu",
+    ]

@@ -39,7 +39,9 @@ def train(options: argparse.Namespace) -> int:
 
     from ..parallel.mesh import start_world, stop_world
     from ..pretrain.trainer import train
+    from .local import end_with_launcher
 
+    end_with_launcher()
     config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
     world = start_world()
     try:

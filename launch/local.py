@@ -1,6 +1,9 @@
 """Start several processes of the same command on this machine, through torchrun's own machinery."""
 
+import ctypes
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +12,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..errors import UserError
 
+LAUNCHER = "HEADRACE_LAUNCHER"
+PR_SET_PDEATHSIG = 1
+
 
 def check_nproc(nproc: int) -> None:
     """Raises UserError for a number of processes that cannot be started."""
@@ -16,12 +22,26 @@ def check_nproc(nproc: int) -> None:
         raise UserError(f"--nproc={nproc} must be at least 1")
 
 
-def run_processes(arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other; the exit status of the first to fail.
+def end_with_launcher() -> None:
+    """In a process that `run_processes` started: die when the launcher does, even of kill -9, instead of training on.
 
-    A process that fails ends the others. Each has said itself what was wrong, so nothing is printed here.
+    Linux only; elsewhere, and in processes started otherwise, nothing happens.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_processes(arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
+
+    Returns 0, or the exit status of the first process to fail. A process that fails ends the others. Each has said itself what was wrong, so nothing is printed here.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     launch = LaunchConfig(
         run_id="headrace",
         min_nodes=1,

@@ -2,17 +2,7 @@
 
 from typing import Protocol
 
-from torch import Tensor, nn
-
-from .sequence import SequenceContext
-
-
-class Layer(Protocol):
-    """A mixer or feed-forward module: `(B, L, D)` in, `(B, L, D)` out, with `parameter_rules` beside it."""
-
-    def forward(self, x_BLD: Tensor, seq: SequenceContext) -> Tensor:
-        """Map each row; no token sees a later one, nor one of another document."""
-        ...
+from torch import nn
 
 
 class LayerConfig(Protocol):
@@ -35,7 +25,11 @@ class LayerConfig(Protocol):
         ...
 
     def build(self, d_model: int, norm_eps: float, layer_index: int) -> nn.Module:
-        """The module, holding NaN; `layer_index` is its place in the whole model."""
+        """The module, holding NaN; `layer_index` is its place in the whole model.
+
+        Its forward maps `(B, L, D)` and a SequenceContext to `(B, L, D)`: no token sees a later one, nor one of another
+        document, and carried state is read from and written to the context. `parameter_rules` name all parameters.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ class SequenceContext:
         states: carried state of a stream (decoding, or a long document in pieces); None in training.
     """
 
-    reset_BL: Tensor | None = None  # noqa: N815
+    reset_BL: Tensor | None = None
     states: LayerStates | None = None
     _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -53,6 +53,11 @@ class SequenceContext:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
+
+    @property
+    def one_document(self) -> bool:
+        """Whether every row is one document with nothing before it, so that plain causal order says all."""
+        return self.reset_BL is None and (self.states is None or self.states.position_B is None)
 
     def position_BL(self, length: int, device: torch.device) -> Tensor:  # noqa: N802
         """Position of each token in its document, int64; (1, L) when all rows are alike."""

@@ -18,7 +18,7 @@ class Evaluation:
     """What a model knows of held-out text.
 
     Attributes:
-        documents, tokens, text_bytes: what was read; tokens counts those predicted, the end of each document among them.
+        documents, tokens, text_bytes: what was read; tokens are those predicted, the end of each document included.
         loss: mean cross-entropy in nats per token.
         bits_per_byte: all the nats over the bytes of the text, in bits.
     """

@@ -67,23 +67,27 @@ def generate_text(model: HybridLM, tokenizer: Tokenizer, prompt: str, config: Ge
             "use the tokenizer this model was trained with"
         )
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    return _decode_stream(tokenizer, generate_tokens(model, prompt_ids, config, eos_id=tokenizer.eos_id))
+    tokens = generate_tokens(model, prompt_ids, config, eos_id=tokenizer.eos_id, num_ids=tokenizer.vocab_size)
+    return _decode_stream(tokenizer, tokens)
 
 
 @torch.inference_mode()
-def generate_tokens(model: HybridLM, prompt: list[int], config: GenerateConfig, *, eos_id: int) -> Iterator[int]:
+def generate_tokens(
+    model: HybridLM, prompt: list[int], config: GenerateConfig, *, eos_id: int, num_ids: int | None = None
+) -> Iterator[int]:
     """Token ids that follow the ids in `prompt`, without EOS.
 
-    The prompt goes through the model once; each further token costs one step of constant size (attention layers
-    excepted, whose keys and values grow).
+    Only ids below `num_ids` are drawn: a vocabulary may be padded with rows that stand for no piece. The prompt goes
+    through the model once; each further token costs one step of constant size (attention layers excepted, whose keys
+    and values grow).
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
-    seq_states = LayerStates()
+    states = LayerStates()
     tokens_BL = torch.tensor([prompt], device=device)
     for _ in range(config.max_new_tokens):
-        logits_BLV = model(tokens_BL, SequenceContext(states=seq_states), last_only=True)
-        token = choose_token(logits_BLV[0, -1].float().cpu(), config, generator)
+        logits_BLV = model(tokens_BL, SequenceContext(states=states), last_only=True)
+        token = choose_token(logits_BLV[0, -1, :num_ids].float().cpu(), config, generator)
         if token == eos_id:
             return
         yield token
@@ -94,7 +98,8 @@ def choose_token(logits_V: Tensor, config: GenerateConfig, generator: torch.Gene
     """One token id drawn from float32 logits on the CPU: temperature, then top-k, then top-p."""
     if config.temperature == 0:
         return int(logits_V.argmax())
-    sorted_V, order_V = (logits_V / config.temperature).sort(descending=True, stable=True)
+    # From the largest down: dividing by a tiny temperature then gives zeros, not infinities less infinities.
+    sorted_V, order_V = ((logits_V - logits_V.max()) / config.temperature).sort(descending=True, stable=True)
     if config.top_k:
         sorted_V = sorted_V[: config.top_k]
     p_V = sorted_V.double().softmax(0)

@@ -48,7 +48,7 @@ def test_arrows_run_downwards(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     allowed = MAY_IMPORT[folder] | {folder, "errors", "__version__"}
     for name in imports(path):
-        assert not (name[0] in FOLDERS), f"{name_of(path)} imports {name[0]} absolutely; use a relative import"
+        assert name[0] not in FOLDERS, f"{name_of(path)} imports {name[0]} absolutely; use a relative import"
         if name[0] == "headrace":
             assert name[1] in allowed, f"{name_of(path)} may not import headrace.{name[1]}"
 
@@ -163,13 +163,13 @@ def test_every_config_field_is_read() -> None:
 
 def test_importing_headrace_stays_light() -> None:
     heavy = ("transformers", "wandb", "deepspeed", "megatron", "matplotlib", "webdataset", "pyarrow")
-    code = f"import sys, headrace, headrace.pretrain.trainer, headrace.launch.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    code = "import sys, headrace, headrace.pretrain.trainer, headrace.launch.cli; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert out.stdout.strip() == "[]"
+    assert not set(heavy) & set(out.stdout.split())
 
 
 def test_command_line_answers_without_torch() -> None:
-    code = "import sys\ntry:\n import headrace.launch.cli as c; c.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys, headrace.launch.cli as cli; cli.build_parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd="/")
 
 

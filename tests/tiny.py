@@ -6,9 +6,7 @@ from pathlib import Path
 from headrace.data import PrepareConfig, TokenizerConfig, prepare
 from headrace.pretrain.config import Config, load_config
 
-WORDS = (
-    "river gate channel wheel water mill stone grain flour weir sluice lake the a and over under turns feeds".split()
-)
+WORDS = ("river", "gate", "channel", "wheel", "water", "mill", "stone", "grain", "flour", "weir", "lake", "and")
 
 CONFIG = """
 [run]

@@ -64,17 +64,25 @@ def ssd_chunked_backward(
     decays = compute_decays(chunks.dt_nQH, A_H, chunks.reset_nQ)
     if states is None:
         states, _ = states_entering_chunks(chunks, decays, initial_state)
-    dy_nQHP = None if dy_BLHP is None else cut(dy_BLHP, chunks.x_nQHP.shape[1])
-    dstates, dinitial_BHPN = _gradients_of_leaving_states(chunks, decays, dy_nQHP, dfinal_BHPN, states)
     grads = _empty_gradients(chunks)
+    dy_nQHP = None if dy_BLHP is None else cut(dy_BLHP, chunks.x_nQHP.shape[1])
+    dstates = torch.empty_like(states)
+    if dy_nQHP is None:
+        dstates.zero_()
+        grads.C_nGQN.zero_()
+    else:
+        for block in chunks.blocks():
+            _through_entering_states(chunks, decays, states, dstates, dy_nQHP[block], block, grads)
+    carry = states_to_groups(dfinal_BHPN, states, chunks.num_rows)
+    carry = scan_in_place(dstates, decays.through_nH, carry, chunks.per_row, reverse=True)
     for block in chunks.blocks():
-        _through_states(chunks, decays, states, dstates, block, grads)
+        _through_leaving_states(chunks, decays, states, dstates, block, grads)
         if dy_nQHP is not None:
-            _through_output(chunks, decays, states, D, dy_nQHP[block], block, grads)
+            _within_chunks(chunks, decays, D, dy_nQHP[block], block, grads)
     ddt_nQH, dA_H = _through_decays(chunks, decays, A_H, grads)
     dC = None if C is None else join_chunks(grads.C_nGQN.transpose(1, 2), C)
     dD = None if D is None else (grads.D_HP if D.dim() == 2 else grads.D_HP.sum(1)).to(D.dtype)
-    dinitial = dinitial_BHPN if initial_state is None else dinitial_BHPN.to(initial_state.dtype)
+    dinitial = states_from_groups(carry).to(carry.dtype if initial_state is None else initial_state.dtype)
     dB = join_chunks(grads.B_nGQN.transpose(1, 2), B)
     return join_chunks(grads.x_nQHP, x), join_chunks(ddt_nQH, dt), dA_H.to(A_H.dtype), dB, dC, dD, dinitial
 
@@ -86,7 +94,7 @@ def _empty_gradients(chunks: Chunks) -> Gradients:
         x_nQHP=like.new_empty(n, Q, H, P),
         dt_nQH=torch.empty_like(like),
         B_nGQN=torch.empty_like(chunks.B_nGQN),
-        C_nGQN=torch.zeros_like(chunks.B_nGQN),
+        C_nGQN=torch.empty_like(chunks.B_nGQN),
         D_HP=like.new_zeros(H, P),
         flow_in_nQH=torch.zeros_like(like, dtype=torch.float64),
         flow_out_nQH=torch.empty_like(like),
@@ -94,76 +102,70 @@ def _empty_gradients(chunks: Chunks) -> Gradients:
     )
 
 
-def _gradients_of_leaving_states(
-    chunks: Chunks, decays: Decays, dy_nQHP: Tensor | None, dfinal_BHPN: Tensor | None, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the states leaving all chunks, `(n, G, N, h, P)`, and of the initial state."""
-    if dy_nQHP is None or chunks.C_nGQN is None:
-        dstates = torch.zeros_like(states)
-    else:
-        dstates = torch.empty_like(states)
-        G = states.shape[1]
-        for block in chunks.blocks():
-            weighted = scale_by_group(dy_nQHP[block], decays.into_nQH[block], G)
-            torch.bmm(chunks.C_nGQN[block].flatten(0, 1).mT, weighted, out=dstates[block].flatten(3).flatten(0, 1))
-    carry = states_to_groups(dfinal_BHPN, states, chunks.num_rows)
-    carry = scan_in_place(dstates, decays.through_nH, carry, chunks.per_row, reverse=True)
-    return dstates, states_from_groups(carry)
+def _through_entering_states(
+    chunks: Chunks, decays: Decays, states: Tensor, dstates: Tensor, dy_nQHP: Tensor, block: slice, grads: Gradients
+) -> None:
+    """Fill in what the states entering a block's chunks get from the outputs, and C through them."""
+    into_nQH = decays.into_nQH[block]
+    n, _, H, _ = dy_nQHP.shape
+    _, C_mQN = chunks.projections(block)
+    states_mNR = states[block].flatten(3).flatten(0, 1)
+    weighted_mQR = scale_by_group(dy_nQHP, into_nQH, states.shape[1])
+    torch.bmm(C_mQN.mT, weighted_mQR, out=dstates[block].flatten(3).flatten(0, 1))
+    torch.bmm(weighted_mQR, states_mNR.mT, out=grads.C_nGQN[block].flatten(0, 1))
+    output = group_to_tokens(torch.bmm(C_mQN, states_mNR), n, H)
+    torch.mul(output.mul_(dy_nQHP).sum(-1), into_nQH, out=grads.flow_in_nQH[block])
 
 
-def _through_states(
+def _through_leaving_states(
     chunks: Chunks, decays: Decays, states: Tensor, dstates: Tensor, block: slice, grads: Gradients
 ) -> None:
-    """Fill in what a block's tokens get through the states leaving their chunks."""
+    """Fill in what a block's tokens get from the states leaving their chunks."""
     x_nQHP, dt_nQH, out_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.out_nQH[block]
     n, _, H, _ = x_nQHP.shape
-    G = states.shape[1]
     weight_nQH = dt_nQH * out_nQH
     dstates_mNR = dstates[block].flatten(3).flatten(0, 1)
-    torch.bmm(scale_by_group(x_nQHP, weight_nQH, G), dstates_mNR.mT, out=grads.B_nGQN[block].flatten(0, 1))
+    weighted_mQR = scale_by_group(x_nQHP, weight_nQH, dstates.shape[1])
+    torch.bmm(weighted_mQR, dstates_mNR.mT, out=grads.B_nGQN[block].flatten(0, 1))
     dinflow = group_to_tokens(torch.bmm(chunks.B_nGQN[block].flatten(0, 1), dstates_mNR), n, H)
-    along_x_nQH = (dinflow * x_nQHP).sum(-1)
     torch.mul(dinflow, weight_nQH[..., None], out=grads.x_nQHP[block])
+    along_x_nQH = dinflow.mul_(x_nQHP).sum(-1)
     torch.mul(along_x_nQH, out_nQH, out=grads.dt_nQH[block])
     torch.mul(along_x_nQH, weight_nQH, out=grads.flow_out_nQH[block])
     kept_nH = (states[block] * dstates[block]).sum((2, 4)).flatten(1)
     torch.mul(kept_nH, decays.through_nH[block], out=grads.flow_through_nH[block])
 
 
-def _through_output(
-    chunks: Chunks, decays: Decays, states: Tensor, D: Tensor | None, dy_nQHP: Tensor, block: slice, grads: Gradients
+def _within_chunks(
+    chunks: Chunks, decays: Decays, D: Tensor | None, dy_nQHP: Tensor, block: slice, grads: Gradients
 ) -> None:
-    """Add what a block's tokens get through the outputs of their chunks."""
-    x_nQHP, dt_nQH, into_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.into_nQH[block]
+    """Add what a block's tokens get from the outputs of their own chunks."""
+    x_nQHP, dt_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block]
     n, Q, H, P = x_nQHP.shape
     B_mQN, C_mQN = chunks.projections(block)
-    states_mNR = states[block].flatten(3).flatten(0, 1)
-    G = states.shape[1]
+    G = B_mQN.shape[0] // n
     column_nQH = dt_nQH * decays.fix_col_nQH[block]
     dy_rQP = scale_by_head(dy_nQHP, decays.fix_row_nQH[block])
-    products_mhQQ = torch.bmm(C_mQN, B_mQN.mT)[:, None]
+    visible = decays.visible(block, G)
+    products_mhQQ = torch.bmm(C_mQN, B_mQN.mT).mul_(visible)[:, None]
     decay_mhQQ = decay_matrix(decays, block).view(n * G, -1, Q, Q)
     dscores = torch.bmm(dy_rQP, scale_by_head(x_nQHP, column_nQH).mT).view_as(decay_mhQQ).mul_(decay_mhQQ)
-    dinflow_rQP = torch.bmm(decay_mhQQ.mul_(products_mhQQ).view(n * H, Q, Q).mT, dy_rQP)
-    dproducts_mQQ = dscores.sum(1)
+    dproducts_mQQ = dscores.sum(1).mul_(visible)
+    grads.C_nGQN[block].flatten(0, 1).baddbmm_(dproducts_mQQ, B_mQN)
+    grads.B_nGQN[block].flatten(0, 1).baddbmm_(dproducts_mQQ.mT, C_mQN)
+    # float64: the sums over rows and over columns nearly cancel where decays are fast
     flow = dscores.mul_(products_mhQQ).view(n, H, Q, Q).double()
     flow.diagonal(dim1=-2, dim2=-1).zero_()
+    grads.flow_in_nQH[block].add_((flow.sum(-1) - flow.sum(-2)).transpose(1, 2))
 
-    dC_mQN, dB_mQN = grads.C_nGQN[block].flatten(0, 1), grads.B_nGQN[block].flatten(0, 1)
-    torch.bmm(dproducts_mQQ, B_mQN, out=dC_mQN)
-    dC_mQN.baddbmm_(scale_by_group(dy_nQHP, into_nQH, G), states_mNR.mT)
-    dB_mQN.baddbmm_(dproducts_mQQ.mT, C_mQN)
-    from_state = group_to_tokens(torch.bmm(C_mQN, states_mNR), n, H)
-    within_nQH = (flow.sum(-1) - flow.sum(-2)).transpose(1, 2)
-    torch.add(within_nQH, (from_state * dy_nQHP).sum(-1).mul_(into_nQH), out=grads.flow_in_nQH[block])
-
-    dinflow = dinflow_rQP.view(n, H, Q, P).transpose(1, 2)
-    grads.dt_nQH[block].addcmul_((dinflow * x_nQHP).sum(-1), decays.fix_col_nQH[block])
-    dx_nQHP = grads.x_nQHP[block]
-    dx_nQHP.addcmul_(dinflow, column_nQH[..., None])
+    dinflow = torch.bmm(decay_mhQQ.mul_(products_mhQQ).view(n * H, Q, Q).mT, dy_rQP)
+    dinflow = dinflow.view(n, H, Q, P).transpose(1, 2)
+    dx_nQHP = grads.x_nQHP[block].addcmul_(dinflow, column_nQH[..., None])
+    grads.dt_nQH[block].addcmul_(dinflow.mul_(x_nQHP).sum(-1), decays.fix_col_nQH[block])
     if D is not None:
-        dx_nQHP.addcmul_(dy_nQHP.to(dx_nQHP.dtype), D.to(dx_nQHP.dtype).view(H, -1))
-        grads.D_HP.add_((dy_nQHP.to(dx_nQHP.dtype) * x_nQHP).sum((0, 1)))
+        dy_nQHP = dy_nQHP.to(dx_nQHP.dtype)
+        dx_nQHP.addcmul_(dy_nQHP, D.to(dx_nQHP.dtype).view(H, -1))
+        grads.D_HP.add_((dy_nQHP * x_nQHP).sum((0, 1)))
 
 
 def _through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Letters beyond the house's: `n` chunks of all rows together, or of one block of 
 matrix product over a whole group has `h * P` columns, so that heads share their group's B and C.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,12 @@ from torch.nn import functional as F
 
 from ..numerics import compute_dtype
 
+# Elements in the `Q x Q` matrices of all heads of a block of chunks.
 BLOCK_ELEMENTS = 1 << 18
+
+# Decays below this power of two count as nothing. They would be lost in rounding anyway, and their products with
+# gradients would be denormal numbers, with which a processor computes many times slower.
+SMALLEST_LOG2 = {torch.float32: -64.0, torch.float64: -900.0}
 
 
 class Chunks(NamedTuple):
@@ -68,6 +74,8 @@ def cut_into_chunks(
 
 def cut(value_BL: Tensor, Q: int) -> Tensor:
     """Cut `(B, L, ...)` into chunks `(n, Q, ...)`, the last of each row padded with zeros."""
+    if value_BL.stride(-1) != 1:  # every pass over it would be slow
+        value_BL = value_BL.contiguous()
     if value_BL.shape[1] % Q:
         value_BL = F.pad(value_BL, (0, 0) * (value_BL.dim() - 2) + (0, -value_BL.shape[1] % Q))
     return value_BL.reshape(-1, Q, *value_BL.shape[2:])
@@ -76,19 +84,24 @@ def cut(value_BL: Tensor, Q: int) -> Tensor:
 class Decays(NamedTuple):
     """Decay factors of all chunks, exact zeros across document starts.
 
-    Between tokens j <= q of a chunk the factor is `exp(log_q - log_j)`. Its logarithms are summed in float64 and
-    kept as a rounded value `log_nHQ` and two factors near 1, `fix_row_nQH` and `fix_col_nQH`, that undo the rounding:
-    the float32 result is then as good as multiplying the steps one by one.
+    Between tokens j <= q of a chunk the factor is `2^(log_q - log_j)`. Its logarithms are summed in float64 and kept
+    as a rounded value `log2_nHQ` and two factors near 1, `fix_row_nQH` and `fix_col_nQH`, that undo the rounding: the
+    float32 result is then as good as multiplying the steps one by one.
     """
 
-    log_nHQ: Tensor
+    log2_nHQ: Tensor
     fix_row_nQH: Tensor
     fix_col_nQH: Tensor
-    bias_nQQ: Tensor  # 0 where token q sees token j, -inf elsewhere
-    sees_nQQ: Tensor  # the same as float64 ones and zeros
+    sees_nQQ: Tensor  # float64, 1 where token q sees token j, 0 elsewhere; n is 1 when nothing is reset
     into_nQH: Tensor  # from the state entering the chunk to token q
     out_nQH: Tensor  # from token j to the state leaving the chunk
     through_nH: Tensor  # from the state entering the chunk to the state leaving it
+
+    def visible(self, block: slice, G: int) -> Tensor:
+        """Return which token sees which in a block of chunks, as ones and zeros `(n * G, Q, Q)` or `(1, Q, Q)`."""
+        if self.sees_nQQ.shape[0] == 1:
+            return self.sees_nQQ.to(self.log2_nHQ.dtype)
+        return self.sees_nQQ[block].to(self.log2_nHQ.dtype).repeat_interleave(G, dim=0)
 
 
 def compute_decays(dt_nQH: Tensor, A_H: Tensor, reset_nQ: Tensor | None) -> Decays:
@@ -100,31 +113,35 @@ def compute_decays(dt_nQH: Tensor, A_H: Tensor, reset_nQ: Tensor | None) -> Deca
         sees = sees & (document_nQ[:, :, None] == document_nQ[:, None, :])
     sees_nQQ = sees.double()
     # Sums start anew at each document, by exact zeros: nothing of a document reaches another one, not even rounding.
-    log_nQH = sees_nQQ @ (dt_nQH.double() * A_H.double())
-    into, out, through = log_nQH.exp(), (log_nQH[:, -1:] - log_nQH).exp(), log_nQH[:, -1].exp()
+    log2_nQH = sees_nQQ @ (dt_nQH.double() * (A_H.double() / math.log(2)))
+    into, through = _power_of_two(log2_nQH, dtype), _power_of_two(log2_nQH[:, -1], dtype)
+    out = _power_of_two(log2_nQH[:, -1:] - log2_nQH, dtype)
     if reset_nQ is not None:
         into = into.masked_fill((document_nQ != 0)[..., None], 0.0)
         out = out.masked_fill((document_nQ != document_nQ[:, -1:])[..., None], 0.0)
         through = through.masked_fill(document_nQ[:, -1:] != 0, 0.0)
-    rounded_nQH = log_nQH.to(dtype)
-    error_nQH = (log_nQH - rounded_nQH).to(dtype)
+    rounded_nQH = log2_nQH.to(dtype)
+    error_nQH = (log2_nQH - rounded_nQH).mul_(math.log(2)).to(dtype)
     return Decays(
-        log_nHQ=rounded_nQH.transpose(1, 2).contiguous(),
+        log2_nHQ=rounded_nQH.transpose(1, 2).contiguous(),
         fix_row_nQH=1 + error_nQH,
         fix_col_nQH=1 - error_nQH,
-        bias_nQQ=torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -torch.inf),
         sees_nQQ=sees_nQQ,
-        into_nQH=into.to(dtype),
-        out_nQH=out.to(dtype),
-        through_nH=through.to(dtype),
+        into_nQH=into,
+        out_nQH=out,
+        through_nH=through,
     )
 
 
+def _power_of_two(log2: Tensor, dtype: torch.dtype) -> Tensor:
+    return log2.exp2().masked_fill_(log2 < SMALLEST_LOG2[dtype], 0.0).to(dtype)
+
+
 def decay_matrix(decays: Decays, block: slice) -> Tensor:
-    """Return `exp(log_q - log_j)` for all pairs j <= q of one document, 0 for all others, shape `(n, H, Q, Q)`."""
-    log_nHQ = decays.log_nHQ[block]
-    bias_nQQ = decays.bias_nQQ if decays.bias_nQQ.shape[0] == 1 else decays.bias_nQQ[block]
-    return (log_nHQ[..., :, None] - log_nHQ[..., None, :]).add_(bias_nQQ[:, None]).exp_()
+    """Return `2^(log_q - log_j)` for all pairs of tokens, `(n, H, Q, Q)`; meaningless, at most 1, where q sees not j."""
+    log2_nHQ = decays.log2_nHQ[block]
+    smallest = SMALLEST_LOG2[log2_nHQ.dtype]
+    return (log2_nHQ[..., :, None] - log2_nHQ[..., None, :]).clamp_(smallest, 0.0).exp2_()
 
 
 def scale_by_group(x_nQHP: Tensor, scale_nQH: Tensor, G: int) -> Tensor:

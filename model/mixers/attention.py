@@ -206,7 +206,7 @@ def attend(
     """
     L, S = q_BHLP.shape[2], k_BJSP.shape[2]
     grouped = q_BHLP.shape[1] != k_BJSP.shape[1]
-    if seq.reset_BL is None and seq.states is None and (window is None or window >= L):
+    if seq.one_document and (window is None or window >= L):
         return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, is_causal=True, scale=scale, enable_gqa=grouped)
     if q_BHLP.is_cuda and seq.states is None:
         block_mask = seq.shared(("blocks", window), lambda: _block_mask(seq.position_BL(L, q_BHLP.device), window))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,15 +138,26 @@ def check_replaceable(out_dir: Path) -> None:
 @contextmanager
 def _written_aside(out_dir: Path) -> Iterator[Path]:
     """A new folder beside `out_dir` that takes its place at the end, or is removed on an error."""
-    aside, old = (out_dir.with_name(f".{out_dir.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    aside, old = (out_dir.with_name(f".{out_dir.name}.{word}") for word in ("new", "old"))
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
         aside.mkdir(parents=True)
         yield aside
-        if out_dir.exists():
-            out_dir.rename(old)
-        aside.rename(out_dir)
+        _put_in_place(aside, out_dir, old)
     except OSError as error:
         raise UserError(f"{out_dir} cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, out_dir: Path, old: Path) -> None:
+    shutil.rmtree(old, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(old)
+    try:
+        aside.rename(out_dir)
+    except OSError:
+        if old.exists():
+            old.rename(out_dir)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

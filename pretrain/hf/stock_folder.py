@@ -48,6 +48,8 @@ def write_weights(
     total = sum(FLOAT32_BYTES * prod(shape) for shape in shapes.values())
     for file, names in shards.items():
         save_file(tensors(names), folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

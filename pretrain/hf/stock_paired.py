@@ -46,7 +46,7 @@ class _Paired:
             "mamba_chunk_size": mamba.chunk_size,
             "mamba_conv_bias": mamba.conv_bias,
             "mamba_proj_bias": mamba.bias,
-            "time_step_limit": rules.time_step_limit(mamba),
+            **rules.time_step_limit(config),
             "num_attention_heads": attention.num_heads if has_attention else 1,
             "num_key_value_heads": attention.kv_heads if has_attention else 1,
             "head_dim": attention.width(config.d_model) if has_attention else config.d_model,

@@ -8,7 +8,6 @@ from typing import Any
 
 from ...errors import UserError
 from ...model.config import ModelConfig
-from ...model.mixers.mamba2 import Mamba2Config
 
 # JSON has no infinity: a step size above this does not occur.
 NO_UPPER_LIMIT = 1e30
@@ -58,10 +57,10 @@ def has_step_limits(config: ModelConfig) -> bool:
     return "mamba2" in config.kinds and config.mamba2.dt_limit != (0.0, math.inf)
 
 
-def time_step_limit(mamba: Mamba2Config) -> list[float]:
-    """The bounds of the step size, both finite."""
-    low, high = mamba.dt_limit
-    return [low, min(high, NO_UPPER_LIMIT)]
+def time_step_limit(config: ModelConfig) -> dict[str, list[float]]:
+    """The field for the bounds of the step size, where there are any."""
+    low, high = config.mamba2.dt_limit
+    return {"time_step_limit": [low, min(high, NO_UPPER_LIMIT)]} if has_step_limits(config) else {}
 
 
 def dt_limit(low: float, high: float) -> tuple[float, float]:

@@ -45,7 +45,7 @@ class Mamba2:
             "hidden_act": "silu",
             "layer_norm_epsilon": config.norm_eps,
             "residual_in_fp32": config.residual_in_fp32,
-            "time_step_limit": rules.time_step_limit(mamba),
+            **rules.time_step_limit(config),
             "use_cache": not rules.has_step_limits(config),
         }
 

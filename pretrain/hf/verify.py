@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ def load_stock_model(folder: Path) -> Any:
         RuntimeError: a tensor is missing, left over or of another shape.
     """
     transformers = require_transformers()
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    with _quiet(transformers):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         raise RuntimeError(f"{type(model).__name__} does not load the export exactly: {wrong}")
@@ -62,8 +65,24 @@ def compare_with_stock(folder: Path, model: HybridLM, tokenizer: Tokenizer) -> f
         raise RuntimeError(f"the exported tokenizer gives {stock_ids[:10]}..., sentencepiece {ids[:10]}...")
     tokens_BL = torch.tensor([ids])
     ours = model(tokens_BL)
-    theirs = stock_model(tokens_BL).logits
+    with _quiet(require_transformers()):
+        theirs = stock_model(tokens_BL).logits
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"{type(stock_model).__name__} computes other logits: the difference is {difference:.3g}")
     return difference
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars and no advice on kernels; what matters of loading is checked."""
+    logging = transformers.utils.logging
+    level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows_progress:
+            logging.enable_progress_bar()

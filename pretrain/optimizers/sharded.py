@@ -12,7 +12,7 @@ class Optimizer(Protocol):
     def step(self, lr_scale: float, skip: torch.Tensor) -> None:
         """Apply the gradients with the peak learning rate times `lr_scale`.
 
-        `skip` is a float32 scalar on the device, the same on every rank: where it is 1 neither parameters nor state change.
+        `skip` is a float32 scalar on the device, the same on every rank; where it is 1 nothing changes, state included.
         """
 
     def state(self) -> dict[str, torch.Tensor]:

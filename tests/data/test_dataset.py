@@ -216,6 +216,6 @@ def test_more_shards_than_stay_open(write_documents: Callable[..., TokenDataset]
 def test_another_tokenizer_is_refused(prepared: Path) -> None:
     dataset = TokenDataset(prepared)
     check_tokenizer(dataset, Tokenizer.load(prepared))
-    other = Tokenizer.train(["other text, but enough of it"] * 9, vocab_size=280, max_piece_length=4)
+    other = Tokenizer.train(["other text, but enough of it"] * 9, vocab_size=280, max_piece_length=4, pieces="word")
     with pytest.raises(UserError, match=r"is not the one that wrote .*; use .*tokenizer\.model"):
         check_tokenizer(dataset, other)

@@ -28,12 +28,12 @@ def test_a_permutation_of_a_huge_domain_stays_inside_and_does_not_repeat() -> No
     assert 10**15 - 10**13 < max(values) < 10**15 + 7
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_small_permutations_are_all_reached_about_equally(size: int) -> None:
-    draws = 200 * len(list(itertools.permutations(range(size))))
+    draws = 100 * len(list(itertools.permutations(range(size))))
     seen = Counter(tuple(Permutation(size, derive_keys("test", i)).table().tolist()) for i in range(draws))
-    assert len(seen) == draws // 200
-    assert 100 < min(seen.values()) <= max(seen.values()) < 320
+    assert len(seen) == draws // 100
+    assert 60 < min(seen.values()) <= max(seen.values()) < 140
 
 
 def test_a_permutation_leaves_no_trace_of_the_order() -> None:
@@ -46,7 +46,7 @@ def test_a_permutation_leaves_no_trace_of_the_order() -> None:
 def test_out_of_range_is_an_error() -> None:
     permutation = Permutation(10, derive_keys("test"))
     for index in (-1, 10):
-        with pytest.raises(IndexError, match="outside 0..9"):
+        with pytest.raises(IndexError, match=r"outside 0\.\.9"):
             permutation(index)
     with pytest.raises(ValueError, match="at least one"):
         Permutation(0, derive_keys("test"))

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +75,14 @@ def test_again_is_harmless_and_other_inputs_are_refused(
     for changes, named in (
         ({"seed": 1}, "seed"),
         ({"shard_mib": 2, "heldout_fraction": 0.2}, "heldout_fraction, shard_mib"),
-        ({"tokenizer": TokenizerConfig(path=str(prepared))}, "tokenizer"),
+        ({"tokenizer": replace(small_config(prepared).tokenizer, pieces="text")}, r"tokenizer\.pieces"),
+        ({"tokenizer": TokenizerConfig(path=str(prepared))}, r"tokenizer\.hash, tokenizer\.max_piece_length, .*"),
     ):
-        with pytest.raises(UserError, match=rf"prepared from other inputs \({named} differ\); choose another out"):
+        with pytest.raises(UserError, match=rf"prepared from other inputs \(different: {named}\); choose another out"):
             prepare(small_config(prepared, **changes))
     grown = shutil.copytree(text_folder, tmp_path / "grown")
     (grown / "one more.txt").write_text("text")
-    with pytest.raises(UserError, match="corpus_listing differ"):
+    with pytest.raises(UserError, match="different: corpus_listing"):
         prepare(small_config(prepared, corpus=str(grown)))
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
 
@@ -133,7 +134,8 @@ def test_whatever_fails_leaves_nothing(
 def test_ctrl_c_leaves_nothing(small_config: Make, tmp_path: Path) -> None:
     code = f"""
 from headrace.data import PrepareConfig, TokenizerConfig, prepare
-prepare(PrepareConfig(out={str(tmp_path / "out")!r}, tokenizer=TokenizerConfig(sample_bytes=2_000_000)), say=lambda line: print(line, flush=True))
+config = PrepareConfig(out={str(tmp_path / "out")!r}, tokenizer=TokenizerConfig(sample_bytes=2_000_000))
+prepare(config, say=lambda line: print(line, flush=True))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -233,9 +235,9 @@ def test_problems_are_listed_all_at_once() -> None:
         shard_mib=0,
         seed=-1,
         workers=0,
-        tokenizer=TokenizerConfig(vocab_size=3, max_piece_length=0, sample_bytes=1),
+        tokenizer=TokenizerConfig(vocab_size=3, pieces="long", max_piece_length=0, sample_bytes=1),
     )
-    assert len(config.problems()) == 12
+    assert len(config.problems()) == 13
     with pytest.raises(UserError, match=r"heldout_fraction=0\.7 is outside 0\.\.0\.5; use 0\.02"):
         prepare(config)
 

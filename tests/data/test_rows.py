@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ PAD = 0
 def unique_documents(lengths: list[int]) -> list[list[int]]:
     """Documents in which no token occurs twice, so that every token can be followed through the packing."""
     ends = np.cumsum([1, *lengths]).tolist()
-    return [list(range(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+    return [list(range(start, end)) for start, end in pairwise(ends)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +63,7 @@ def test_every_token_is_a_target_once_an_epoch(
             assert np.array_equal(predicted[:-1], ~reset_L[1:] & real[1:])
             assert np.array_equal(targets_L[:-1][predicted[:-1]], tokens_L[1:][predicted[:-1]])
             seen.update(zip(tokens_L[predicted].tolist(), targets_L[predicted].tolist(), strict=True))
-        expected = [pair for document in documents for pair in zip(document, document[1:], strict=False)]
+        expected = [pair for document in documents for pair in pairwise(document)]
         assert seen == Counter(expected)
 
 

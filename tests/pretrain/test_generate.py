@@ -102,6 +102,21 @@ def test_pieces_join_to_the_text_of_the_tokens(model, tokenizer):
     assert "".join(generate_text(model, tokenizer, "x = ", config)) == tokenizer.decode(tokens)
 
 
+def test_rows_that_pad_the_vocabulary_are_never_drawn(tokenizer):
+    padded = hf_models.random_model(ModelConfig(**{**TINY, "vocab_size": VOCAB + 200}, pattern="mamba2"), 1)
+    with torch.no_grad():
+        padded.lm_head.weight[VOCAB:] *= 50
+    tokens = list(generate_tokens(padded, [1], GenerateConfig(temperature=5.0), eos_id=-1, num_ids=VOCAB))
+    assert max(tokens) < VOCAB
+    assert max(generate_tokens(padded, [1], GenerateConfig(temperature=5.0), eos_id=-1)) >= VOCAB
+    assert "".join(generate_text(padded, tokenizer, "", GREEDY))
+
+
+def test_a_tiny_temperature_is_as_good_as_greedy():
+    config = GenerateConfig(temperature=1e-40)
+    assert choose_token(torch.tensor([1.0, 9.0, 8.99]), config, torch.Generator()) == 1
+
+
 def test_a_character_of_several_bytes_comes_out_whole(model, tokenizer, monkeypatch):
     text = "né 漢字 🙂!"
     ids = tokenizer.encode(text)

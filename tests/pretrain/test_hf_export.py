@@ -14,10 +14,15 @@ from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.model.presets import PRESETS
 from headrace.pretrain.hf import choose_stock_class, export_hf, import_hf
 from headrace.pretrain.hf import export as export_module
+from headrace.pretrain.hf.export import write_configs
+from headrace.pretrain.hf.import_model import published_name
+from headrace.pretrain.hf.mapping import joins
 from headrace.pretrain.hf.stock_folder import plan_shards, read_weights
 from headrace.pretrain.hf.verify import compare_with_stock, load_stock_model
+from headrace.pretrain.saved_run import parameter_shapes
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,6 +62,8 @@ def test_round_trip_through_stock_classes(architecture, tokenizer, tmp_path):
     assert report.max_logit_difference is not None
     assert report.max_logit_difference < 1e-4
     assert architecture in str(report)
+    modes = {path.stat().st_mode & 0o777 for path in report.folder.iterdir()}
+    assert modes == {(tmp_path / "run/config.toml").stat().st_mode & 0o777}
 
     stock_model = transformers.AutoModelForCausalLM.from_pretrained(report.folder)
     stock_tokenizer = transformers.AutoTokenizer.from_pretrained(report.folder)
@@ -155,6 +162,18 @@ def test_the_stock_class_that_fits_is_chosen_and_loads(config, architecture, tmp
     torch.testing.assert_close(model(torch.arange(20)[None]), logits_BLV, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mamba2-130m", "mamba2-2.7b", "mamba2-hybrid-8b"])
+def test_published_sizes_have_the_tensors_of_their_stock_class(name, tmp_path):
+    config = PRESETS[name]
+    stock = choose_stock_class(config)
+    shapes = parameter_shapes(config)
+    write_configs(tmp_path, stock, config, hf_models.SPECIAL, context_length=2048)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    theirs = {published_name(name, stock.names): tuple(p.shape) for name, p in model.named_parameters()}
+    assert theirs == {join.stock: join.stock_shape(shapes) for join in joins(stock.names, config, shapes)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -210,6 +229,26 @@ def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(run, failing, mon
     with pytest.raises(UserError, match="No space left on device; nothing was changed"):
         export_hf(run)
     assert {path.name: path.read_bytes() for path in (run / "hf").iterdir()} == before
+    assert not list(run.glob(".hf*"))
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(run, monkeypatch):
+    export_hf(run, verify=False)
+    before = {path.name: path.read_bytes() for path in (run / "hf").iterdir()}
+    rename = Path.rename
+
+    def fail_at_the_end(self, target):
+        if self.name == ".hf.new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_end)
+    with pytest.raises(UserError, match="Input/output error"):
+        export_hf(run, verify=False)
+    assert {path.name: path.read_bytes() for path in (run / "hf").iterdir()} == before
+    monkeypatch.undo()
+    (run / ".hf.new").mkdir()  # as an export that was killed leaves it
+    export_hf(run, verify=False)
     assert not list(run.glob(".hf*"))
 
 
@@ -308,6 +347,21 @@ def test_stock_models_load_from_the_repository_root(tmp_path):
         check=False,
     )
     assert done.stdout.splitlines() == [f"{name} (1, 9, 400)" for name in HYBRIDS], done.stderr
+
+
+def test_transformers_does_not_register_our_operators_again_from_the_repository_root():
+    """It once did: it imports `kernels`, and calls to the operators registered first then corrupted memory."""
+    code = (
+        "import sys, torch, headrace.kernels\n"
+        "operator = torch.ops.headrace.causal_conv1d.default\n"
+        "import transformers\n"
+        "assert transformers.utils.is_kernels_available() is False\n"
+        "assert 'kernels' in sys.modules, 'transformers has another way to look: is this test still needed?'\n"
+        "print([name for name in sys.modules if name.startswith('kernels.')])\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_importing_the_conversion_loads_no_transformers():

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 MODEL_TYPES = ["mamba2", "nemotron_h", "bamba", "granitemoehybrid"]
-CASES = [(model_type, seed) for model_type in MODEL_TYPES for seed in range(8)]
+CASES = [(model_type, seed) for model_type in MODEL_TYPES for seed in range(12)]
 
 
 def build(model_type, seed, folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from headrace.data import Tokenizer
 from headrace.errors import UserError
 from headrace.pretrain.hf.spm_model import read_spm_model
 from headrace.pretrain.hf.tokenizer import convert_tokenizer
@@ -29,9 +30,9 @@ EXACT = {
     "split_digits": True,
 }
 SETTINGS = {
+    "headrace prepare": None,
     "newline learned": {},
     "newline user-defined": {"user_defined_symbols": ["\n", "\t", "<|end|>"]},
-    "across words": {"split_by_whitespace": False, "split_by_unicode_script": False},
     "other special ids": {"bos_id": 0, "eos_id": 1, "unk_id": 2, "pad_id": 3},
 }
 
@@ -57,7 +58,12 @@ def train(path: Path, **options) -> None:
 def both(request, tmp_path_factory):
     """A sentencepiece processor and the stock tokenizer of the same model."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train(folder / "tokenizer.model", **SETTINGS[request.param])
+    options = SETTINGS[request.param]
+    if options is None:
+        model = Tokenizer.train(corpus(), vocab_size=700, max_piece_length=16).model
+        (folder / "tokenizer.model").write_bytes(model)
+    else:
+        train(folder / "tokenizer.model", **options)
     (folder / "hf").mkdir()
     convert_tokenizer(folder / "tokenizer.model", folder / "hf")
     spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -1,5 +1,7 @@
 """Learning-rate schedules."""
 
+import itertools
+
 import pytest
 from headrace.pretrain.schedule import ScheduleConfig
 from hypothesis import given
@@ -21,7 +23,7 @@ def test_starts_low_never_leaves_the_unit_interval_and_ends_at_its_floor(config:
     assert all(0.0 <= scale <= 1.0 for scale in scales)
     assert scales[-1] == pytest.approx(config.final_ratio)
     after = scales[config.warmup_steps :]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
 
 
 def test_known_points() -> None:
