@@ -1,6 +1,7 @@
 """Held-out bits per byte, over whole documents, each with all the context it has."""
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,9 @@ class Evaluation:
 
 
 def choose_documents(dataset: TokenDataset, max_tokens: int) -> list[int]:
-    """The first documents that hold `max_tokens` together (0: all), at least one."""
+    """Documents that hold `max_tokens` together (0: all), drawn the same way each time, at least one."""
     chosen, total = [], 0
-    for index in range(dataset.num_documents):
+    for index in random.Random(0).sample(range(dataset.num_documents), dataset.num_documents):
         chosen.append(index)
         total += len(dataset.document(index))
         if max_tokens and total >= max_tokens:
