@@ -21,6 +21,7 @@ help:
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements/train.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/headrace
 	touch $@
 
 .venv/test.done: .venv/train.done requirements/test.txt

@@ -18,14 +18,15 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch import Tensor, nn
+from transformers import Mamba2Config as StockConfig
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
+
 from headrace.kernels.products import prefer_onednn
 from headrace.model import SequenceContext
 from headrace.model.block import Block
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.model.rules import collect_rules
-from torch import Tensor, nn
-from transformers import Mamba2Config as StockConfig
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 D_MODEL, HEAD_DIM, D_STATE = 768, 64, 128
 

@@ -21,10 +21,11 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from headrace.kernels import ssd_scan
-from headrace.kernels.products import prefer_onednn
 from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2
+
+from headrace.kernels import ssd_scan
+from headrace.kernels.products import prefer_onednn
 
 STOCK_CHUNK_SIZES = (256, 128, 64, 32)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Elements of one operand in a block of elementwise work: a few such operands stay within a core's cache.
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

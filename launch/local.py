@@ -38,7 +38,8 @@ def end_with_launcher() -> None:
 def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
 
-    Returns 0, or the exit status of the first process to fail. A process that fails ends the others. Each has said itself what was wrong, so nothing is printed here.
+    Returns 0, or the exit status of the first process to fail. A process that fails ends the others. Each has said
+    itself what was wrong, so nothing is printed here.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())

@@ -17,16 +17,21 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
     and submodules that say `keep_fp32` are gathered uncast as a group of their own.
     """
     mixed = compute_dtype != torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if mixed else None
-    options = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
+    # The model itself casts to its weights' dtype where a layer begins, so that the residual stream may stay float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        cast_forward_inputs=False,
+    )
+    uncast = MixedPrecisionPolicy(cast_forward_inputs=False)
+    reshard = config.reshard_after_forward
     for block in model.layers:
-        if mixed:
-            for module in block.modules():
-                if getattr(module, "keep_fp32", False):
-                    fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
-        fully_shard(block, **options, **({"mp_policy": policy} if policy else {}))
+        for module in block.modules():
+            if mixed and getattr(module, "keep_fp32", False):
+                fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=uncast)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, **({"mp_policy": policy} if policy else {}))
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 def materialise(model: HybridLM, device: torch.device, seed: int) -> None:

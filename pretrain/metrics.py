@@ -78,7 +78,7 @@ def _start_wandb(config: Config) -> Any:
             name=config.run.name,
             id=config.run.name,
             dir=str(config.run.folder),
-            mode=config.log.wandb,
+            mode="offline" if config.log.wandb == "offline" else "online",
             resume="allow",
             settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")), silent=True),
         )

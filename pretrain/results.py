@@ -9,8 +9,8 @@ from ..data import TokenDataset, check_tokenizer
 from ..parallel.mesh import World
 from .config import EvalConfig
 from .evaluate import evaluate
-from .saved_run import find_run, load_run
 from .run_folder import replace_file
+from .saved_run import find_run, load_run
 
 
 def evaluate_run(path: Path, world: World) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..data import BatchLoader, Tokenizer, TokenDataset, TokenRows, check_tokenizer
+from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..model.lm import HybridLM
 from ..parallel.comm import raise_together

@@ -25,14 +25,14 @@ def train(config: Config, world: World) -> Progress:
         UserError: for anything the user can put right.
     """
     run = build_run(config, world)
-    progress, steps = run.progress, config.train.steps
+    progress, steps, clip_norm = run.progress, config.train.steps, config.train.clip_norm
     skipped_in_a_row = torch.zeros((), device=world.device)
     skipped = torch.zeros((), device=world.device)
     try:
         while progress.step < steps:
             started = time.perf_counter()
             loss_sum, targets = forward_backward(run, next(run.loader))
-            norm = clip_gradients([p.grad for p in run.model.parameters()], config.train.clip_norm)
+            norm = clip_gradients([p.grad for p in run.model.parameters() if p.grad is not None], clip_norm)
             skip = (~norm.isfinite()).float()
             for optimizer in run.optimizers:
                 optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)

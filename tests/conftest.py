@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+
 from gloo_pool import GlooPool
 
 # No deadline: the first example pays for imports and warm-up. In CI the same examples are drawn every time.

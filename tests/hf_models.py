@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+
 from headrace.data import DataConfig, Tokenizer
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+
 from gloo_pool import GlooPool, WorkerError
 
 

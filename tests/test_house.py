@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+
 from headrace.model.registry import LAYER_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -48,7 +48,9 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     """Only the launcher is killed; a rank that trained on would hold the run folder for ever."""
     data = prepare_tiny(tmp_path)
     config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999"))
+    config.write_text(
+        CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999")
+    )
     launcher = start(config, "orphan")
     while steps_on_record(tmp_path / "orphan") < 1:
         assert launcher.poll() is None

@@ -16,7 +16,7 @@ seq_len = 32
 [model]
 vocab_size = 320
 d_model = 16
-pattern = "mamba2 attention mlp"
+pattern = "mamba2 mlp attention mlp"
 [model.mamba2]
 head_dim = 8
 d_state = 8

@@ -30,7 +30,7 @@ def _swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
 
 
 @_swiglu.register_fake
-def _(gate_TD, up_TD):  # type: ignore[no-untyped-def]
+def _(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     return gate_TD.new_empty(gate_TD.shape)
 
 
@@ -47,7 +47,7 @@ def _swiglu_backward(dout_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[T
 
 
 @_swiglu_backward.register_fake
-def _(dout_TD, gate_TD, up_TD):  # type: ignore[no-untyped-def]
+def _(dout_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
     return gate_TD.new_empty(gate_TD.shape), up_TD.new_empty(up_TD.shape)
 
 

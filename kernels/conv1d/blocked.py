@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..numerics import blocks, compute_dtype
 
+Rows = tuple[Tensor, Tensor]
+
 
 def _halo(x_BLD: Tensor, initial_state: Tensor | None, K: int) -> Tensor:
     if initial_state is None:
@@ -30,13 +32,27 @@ def _documents(reset: Tensor, K: int) -> Tensor:
     return torch.nn.functional.pad(reset.cumsum(1), (K - 1, 0))
 
 
-def _cut_off_outputs(reset: Tensor | None, K: int) -> list[Tensor] | None:
-    """For each shift from 0 to K - 1, mark the outputs `(B, L)` whose input that far back is of another document."""
+def _rows_cut_off(reset: Tensor | None, K: int, parts: list[slice]) -> list[list[Rows | None]]:
+    """Find, for each block and each shift below K, the outputs `(row, time)` whose input that far back is cut off.
+
+    An input is cut off when it belongs to another document; times count from the start of the block, None stands for
+    no outputs.
+    """
+    found: list[list[Rows | None]] = [[None] * K for _ in parts]
     if reset is None:
-        return None
+        return found
     document = _documents(reset, K)
     L = reset.shape[1]
-    return [document[:, K - 1 :] != document[:, K - 1 - shift : K - 1 - shift + L] for shift in range(K)]
+    starts = torch.tensor([part.start for part in parts] + [L], device=reset.device)
+    for shift in range(1, K):
+        differs = document[:, K - 1 :] != document[:, K - 1 - shift : K - 1 - shift + L]
+        time, row = differs.t().nonzero(as_tuple=True)
+        bounds = torch.searchsorted(time, starts).tolist()
+        for number, part in enumerate(parts):
+            low, high = bounds[number : number + 2]
+            if low < high:
+                found[number][shift] = row[low:high], time[low:high] - part.start
+    return found
 
 
 def _cut_off_state(reset: Tensor, K: int) -> Tensor:
@@ -45,19 +61,17 @@ def _cut_off_state(reset: Tensor, K: int) -> Tensor:
     return document[:, reset.shape[1] :] != document[:, -1:]
 
 
-def _pre_activation(
-    window: Tensor, weight_KD: Tensor, bias_D: Tensor | None, block: slice, cut_off: list[Tensor] | None
-) -> Tensor:
+def _pre_activation(window: Tensor, weight_KD: Tensor, bias_D: Tensor | None, cut_off: list[Rows | None]) -> Tensor:
     K = weight_KD.shape[0]
     length = window.shape[1] - K + 1
     now = window[:, K - 1 :]
     pre = now * weight_KD[-1] if bias_D is None else torch.addcmul(bias_D.to(now.dtype), now, weight_KD[-1])
     for shift in range(1, K):
         tap = K - 1 - shift
-        if cut_off is None:
+        rows = cut_off[shift]
+        if rows is None:
             pre.addcmul_(window[:, tap : tap + length], weight_KD[tap])
             continue
-        rows = cut_off[shift][:, block].nonzero(as_tuple=True)
         without = pre[rows]
         pre.addcmul_(window[:, tap : tap + length], weight_KD[tap])
         pre[rows] = without
@@ -76,11 +90,11 @@ def conv1d_forward(
     B, L, D = x_BLD.shape
     K = weight_DK.shape[1]
     halo = _halo(x_BLD, initial_state, K)
-    cut_off = _cut_off_outputs(reset, K)
+    parts = list(blocks(L, B * D, max(K, 16)))
     weight_KD = weight_DK.to(compute_dtype(x_BLD)).t().contiguous()
     y_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
-    for block in blocks(L, B * D, max(K, 16)):
-        pre = _pre_activation(_window(x_BLD, halo, block), weight_KD, bias_D, block, cut_off)
+    for block, cut_off in zip(parts, _rows_cut_off(reset, K, parts), strict=True):
+        pre = _pre_activation(_window(x_BLD, halo, block), weight_KD, bias_D, cut_off)
         y_BLD[:, block] = torch.nn.functional.silu(pre, inplace=True) if silu else pre
     last_inputs = torch.cat([halo, x_BLD[:, max(0, L - K + 1) :]], dim=1)[:, min(L, K - 1) :]
     if reset is not None:
@@ -103,24 +117,24 @@ def conv1d_backward(
     K = weight_DK.shape[1]
     dtype = compute_dtype(x_BLD)
     halo = _halo(x_BLD, initial_state, K)
-    cut_off = _cut_off_outputs(reset, K)
+    parts = list(blocks(0 if dy_BLD is None else L, B * D, max(K, 16)))
     dinputs = torch.zeros(B, K - 1 + L, D, dtype=dtype, device=x_BLD.device)
     dweight_KD = torch.zeros(K, D, dtype=dtype, device=x_BLD.device)
     dbias_D = torch.zeros(D, dtype=dtype, device=x_BLD.device)
     weight_KD = weight_DK.to(dtype).t().contiguous()
-    for block in blocks(0 if dy_BLD is None else L, B * D, max(K, 16)):
+    for block, cut_off in zip(parts, _rows_cut_off(reset, K, parts), strict=True):
         assert dy_BLD is not None
         window = _window(x_BLD, halo, block)
         dpre = dy_BLD[:, block].to(dtype)
         if silu:
-            dpre = torch.ops.aten.silu_backward(dpre, _pre_activation(window, weight_KD, bias_D, block, cut_off))
+            dpre = torch.ops.aten.silu_backward(dpre, _pre_activation(window, weight_KD, bias_D, cut_off))
         elif reset is not None:
             dpre = dpre.clone()
         dbias_D += dpre.sum((0, 1))
         length = block.stop - block.start
         for shift in range(K):
-            if cut_off is not None:
-                dpre[cut_off[shift][:, block]] = 0.0
+            if (rows := cut_off[shift]) is not None:
+                dpre[rows] = 0.0  # and for all larger shifts, which reach into that other document too
             tap = K - 1 - shift
             dweight_KD[tap] += (dpre * window[:, tap : tap + length]).sum((0, 1))
             dinputs[:, block.start + tap : block.stop + tap].addcmul_(dpre, weight_KD[tap])

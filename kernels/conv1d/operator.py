@@ -60,7 +60,14 @@ def _conv1d(
 
 
 @_conv1d.register_fake
-def _(x_BLD, weight_DK, bias_D, initial_state, reset, silu):  # type: ignore[no-untyped-def]
+def _(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
     B, _, D = x_BLD.shape
     return x_BLD.new_empty(x_BLD.shape), x_BLD.new_empty(B, weight_DK.shape[1] - 1, D)
 
@@ -80,7 +87,16 @@ def _conv1d_backward(
 
 
 @_conv1d_backward.register_fake
-def _(dy_BLD, dfinal, x_BLD, weight_DK, bias_D, initial_state, reset, silu):  # type: ignore[no-untyped-def]
+def _(
+    dy_BLD: Tensor | None,
+    dfinal: Tensor | None,
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, D = x_BLD.shape
     bias = weight_DK.new_empty(D) if bias_D is None else bias_D.new_empty(D)
     halo = x_BLD if initial_state is None else initial_state

@@ -69,7 +69,16 @@ def _loss(
 
 
 @_loss.register_fake
-def _(x_TD, weight_VD, target_T, ignore_index, chunk_size, z_loss, grad_x, grad_weight):  # type: ignore[no-untyped-def]
+def _(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    ignore_index: int,
+    chunk_size: int,
+    z_loss: float,
+    grad_x: bool,
+    grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss_sum = x_TD.new_empty((), dtype=compute_dtype(x_TD))
     dx = x_TD.new_empty(x_TD.shape if grad_x else 0)
     return loss_sum, target_T.new_empty(()), dx, weight_VD.new_empty(weight_VD.shape if grad_weight else 0)

@@ -59,7 +59,9 @@ def _norm_operator(
 
 
 @_norm_operator.register_fake
-def _(x_TD, z_TD, weight_D, eps, group_size, norm_before_gate):  # type: ignore[no-untyped-def]
+def _(
+    x_TD: Tensor, z_TD: Tensor | None, weight_D: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor]:
     T, D = x_TD.shape
     return x_TD.new_empty(T, D), x_TD.new_empty(T, D // group_size, dtype=compute_dtype(x_TD))
 
@@ -72,7 +74,9 @@ def _norm_backward_operator(
 
 
 @_norm_backward_operator.register_fake
-def _(dy_TD, x_TD, z_TD, weight_D, rstd_Tg, norm_before_gate):  # type: ignore[no-untyped-def]
+def _(
+    dy_TD: Tensor, x_TD: Tensor, z_TD: Tensor | None, weight_D: Tensor, rstd_Tg: Tensor, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dz = x_TD.new_empty((0, x_TD.shape[1]) if z_TD is None else z_TD.shape)
     return x_TD.new_empty(x_TD.shape), dz, weight_D.new_empty(weight_D.shape)
 

@@ -138,7 +138,7 @@ def _power_of_two(log2: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decay_matrix(decays: Decays, block: slice) -> Tensor:
-    """Return `2^(log_q - log_j)` for all pairs of tokens, `(n, H, Q, Q)`; meaningless, at most 1, where q sees not j."""
+    """Return `2^(log_q - log_j)` for all pairs of tokens, `(n, H, Q, Q)`; meaningless where q does not see j."""
     log2_nHQ = decays.log2_nHQ[block]
     smallest = SMALLEST_LOG2[log2_nHQ.dtype]
     return (log2_nHQ[..., :, None] - log2_nHQ[..., None, :]).clamp_(smallest, 0.0).exp2_()

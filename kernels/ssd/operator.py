@@ -35,7 +35,18 @@ def ssd_chunked(
 
 
 @ssd_chunked.register_fake
-def _(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, chunk_size, keep_states):  # type: ignore[no-untyped-def]
+def _(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
     dtype = compute_dtype(x_BLHP)
@@ -70,7 +81,20 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(dy, dfinal, x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, states, chunk_size):  # type: ignore[no-untyped-def]
+def _(
+    dy_BLHP: Tensor | None,
+    dfinal_BHPN: Tensor | None,
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
     B, _, H, P = x_BLHP.shape
     state_like = initial_state
     if initial_state is None:

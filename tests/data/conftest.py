@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 from headrace.data import PrepareConfig, TokenDataset, TokenizerConfig, prepare
 from headrace.data.manifest import FORMAT, write_manifest
 from headrace.data.shards import ShardWriter, hash_bytes

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from headrace import UserError
 from headrace.data import PrepareConfig
 from headrace.data.corpus import Corpus, Document, ReadCounts

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
+
 from headrace import UserError
 from headrace.data import TokenDataset, Tokenizer, check_tokenizer
 from headrace.data.manifest import write_manifest
 from headrace.data.shards import hash_bytes
-from safetensors.numpy import load, save
 
 INDEX = "train/00000.idx.safetensors"
 SHARD = "train/00000.tar"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from headrace import UserError
 from headrace.data import BatchLoader, DataConfig, TokenDataset, TokenRows
 from headrace.data.rows import Row

@@ -5,9 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from headrace.data.order import WINDOW_SHARDS, LeastRecentlyUsed, Permutation, RowOrder, derive_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from headrace.data.order import WINDOW_SHARDS, LeastRecentlyUsed, Permutation, RowOrder, derive_keys
 
 
 @settings(max_examples=60, deadline=None)

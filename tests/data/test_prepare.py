@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from headrace import UserError
 from headrace.data import PrepareConfig, TokenDataset, Tokenizer, TokenizerConfig, prepare
 from headrace.data.corpus import Corpus, ReadCounts

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from headrace import UserError
 from headrace.data import TokenDataset, TokenRows
 from headrace.data.order import WINDOW_SHARDS
 from headrace.data.rows import IGNORED
 from headrace.data.shards import ShardEntry
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PAD = 0
 

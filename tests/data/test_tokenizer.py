@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from headrace import UserError
 from headrace.data import Tokenizer
 from headrace.data.config import PIECES
 from headrace.data.tokenizer import SPAN_CHARACTERS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SPECIMENS = [
     "",

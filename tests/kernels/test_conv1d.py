@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from headrace.kernels import causal_conv1d
-from headrace.kernels.conv1d import causal_conv1d_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+
+from headrace.kernels import causal_conv1d
+from headrace.kernels.conv1d import causal_conv1d_reference
 
 
 def make_inputs(

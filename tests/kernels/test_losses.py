@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from headrace.kernels import linear_cross_entropy
-from headrace.kernels.losses import linear_cross_entropy_reference
-from headrace.kernels.losses.chunked import linear_cross_entropy_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from headrace.kernels import linear_cross_entropy
+from headrace.kernels.losses import linear_cross_entropy_reference
+from headrace.kernels.losses.chunked import linear_cross_entropy_forward
 
 
 def make_inputs(

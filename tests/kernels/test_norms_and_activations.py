@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from headrace.kernels import gated_rms_norm, rms_norm, swiglu
-from headrace.kernels.activations import swiglu_reference
-from headrace.kernels.norms import gated_rms_norm_reference, rms_norm_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+
+from headrace.kernels import gated_rms_norm, rms_norm, swiglu
+from headrace.kernels.activations import swiglu_reference
+from headrace.kernels.norms import gated_rms_norm_reference, rms_norm_reference
 
 
 def make_inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from headrace.kernels import ssd_scan, ssd_step
-from headrace.kernels.ssd import ssd_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from headrace.kernels import ssd_scan, ssd_step
+from headrace.kernels.ssd import ssd_reference
 
 SHAPES = {"L=1": (1, 1), "L=63": (2, 63), "L=64": (1, 64), "L=65": (2, 65), "L=100": (2, 100)}
 

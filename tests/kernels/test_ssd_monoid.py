@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from headrace.kernels import compose, ssd_scan, ssd_summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from headrace.kernels import compose, ssd_scan, ssd_summary
 
 
 def make_inputs(L: int, seed: int = 0) -> list[Tensor]:

@@ -5,15 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from headrace.kernels import ssd_scan
-from headrace.kernels.ssd.chunked import ssd_chunked_forward
-from headrace.kernels.ssd.chunked_backward import Inputs, ssd_chunked_backward
-from headrace.kernels.ssd.operator import ssd_chunked
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from headrace.kernels import ssd_scan
+from headrace.kernels.ssd.chunked import ssd_chunked_forward
+from headrace.kernels.ssd.chunked_backward import Inputs, ssd_chunked_backward
+from headrace.kernels.ssd.operator import ssd_chunked
 
 
 def make_inputs(B: int = 2, L: int = 70, H: int = 4, P: int = 4, G: int = 2, N: int = 3) -> list[Tensor]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from headrace import __version__
 from headrace.launch.cli import main, parse
 from tiny import CONFIG, prepare_tiny

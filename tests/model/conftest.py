@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headrace.model import HybridLM, ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
 from headrace.model import LayerStates, SequenceContext
 from headrace.model.mixers.attention import (
     Attention,
@@ -13,8 +16,6 @@ from headrace.model.mixers.attention import (
     _mask,
     attend,
 )
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 D = 12
 CONFIGS = {

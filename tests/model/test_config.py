@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from headrace.errors import UserError
 from headrace.model import HybridLM, ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = st.integers(0, 12)
 TABLES = {

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
 from headrace.errors import UserError
 from headrace.model import HybridLM, ModelConfig, SequenceContext
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.model.rules import collect_rules
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 Build = Callable[..., HybridLM]
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from headrace.model import SequenceContext
-from headrace.model.mixers.mamba2 import Mamba2, Mamba2Config
 from torch import Tensor
 from torch.nn import functional as F
+
+from headrace.model import SequenceContext
+from headrace.model.mixers.mamba2 import Mamba2, Mamba2Config
 
 D, EPS = 10, 1e-3
 BASE = Mamba2Config(num_heads=4, head_dim=3, d_state=5, num_groups=2)

@@ -1,10 +1,11 @@
 """Patterns: expansion against a second reading of the grammar, and one clear line for each mistake."""
 
 import pytest
-from headrace.errors import UserError
-from headrace.model.pattern import MEGATRON_LETTERS, from_megatron, parse_pattern
 from hypothesis import given
 from hypothesis import strategies as st
+
+from headrace.errors import UserError
+from headrace.model.pattern import MEGATRON_LETTERS, from_megatron, parse_pattern
 
 KINDS = ("mamba2", "attention", "sliding_attention", "mlp")
 

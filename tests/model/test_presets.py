@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headrace.model import HybridLM
 from headrace.model.pattern import MEGATRON_LETTERS
 from headrace.model.presets import MAMBA2_HYBRID_8B, PRESETS, PUBLISHED

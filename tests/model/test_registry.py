@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headrace.model import HybridLM, LayerStates, ModelConfig, SequenceContext
 from headrace.model.registry import LAYER_KINDS
 

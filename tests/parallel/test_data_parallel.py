@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
 from headrace.model.config import ModelConfig
 from headrace.model.lm import HybridLM
 from headrace.model.mixers.attention import AttentionConfig
@@ -13,7 +16,6 @@ from headrace.parallel.config import ParallelConfig
 from headrace.parallel.fsdp import materialise, shard_model, sync_gradients
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.recompute import Recompute, recompute_blocks
-from torch.distributed.tensor import DTensor
 
 B, L = 8, 21
 
@@ -133,3 +135,40 @@ def recomputed_products(recompute: Recompute) -> int:
 
 def test_selective_recomputation_repeats_no_matrix_product() -> None:
     assert recomputed_products("selective") == recomputed_products("none") < recomputed_products("full")
+
+
+def mixed_precision_dtypes() -> dict[str, set[str]]:
+    """The dtypes that FSDP and the model really use under bfloat16."""
+    config, world = ParallelConfig(), World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    with torch.device("meta"):
+        model = HybridLM(model_config())
+    shard_model(model, build_mesh(config, world), config, torch.bfloat16)
+    materialise(model, world.device, 7)
+    seen: dict[str, set[str]] = {"residual": set(), "matrix": set(), "ssm": set()}
+    kinds = model.parameter_kinds()
+    for index, block in enumerate(model.layers):
+        block.register_forward_hook(lambda module, inputs, output: seen["residual"].add(str(output.dtype)))
+        for name, module in block.named_modules():
+            prefix = f"layers.{index}.{name}." if name else f"layers.{index}."
+
+            def note(module: torch.nn.Module, inputs: tuple, prefix: str = prefix) -> None:
+                for own, parameter in module.named_parameters(recurse=False):
+                    if kinds[prefix + own] in seen:
+                        seen[kinds[prefix + own]].add(str(parameter.dtype))
+
+            module.register_forward_pre_hook(note)
+    tokens, targets, reset = batch()
+    loss_sum, count = model(tokens, SequenceContext(reset_BL=reset), targets)
+    (loss_sum / count).backward()
+    seen["gradient"] = {str(p.grad.dtype) for p in model.parameters() if p.grad is not None}
+    return seen
+
+
+def test_mixed_precision_keeps_what_must_stay_float32(gloo: Callable) -> None:
+    for seen in gloo(2, mixed_precision_dtypes):
+        assert seen == {
+            "residual": {"torch.float32"},
+            "matrix": {"torch.bfloat16"},
+            "ssm": {"torch.float32"},
+            "gradient": {"torch.float32"},
+        }

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from headrace.parallel.grads import clip_gradients, global_norm
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+
+from headrace.parallel.grads import clip_gradients, global_norm
 
 SHAPES = [(5, 3), (1, 4), (7,), (2, 2, 2)]
 

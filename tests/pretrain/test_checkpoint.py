@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
 from headrace.pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
@@ -25,9 +29,6 @@ from headrace.pretrain.checkpoint import (
     storage,
 )
 from headrace.pretrain.checkpoint.manifest import digest
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors import safe_open
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 

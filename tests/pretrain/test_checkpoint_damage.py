@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from headrace.pretrain.checkpoint import (
     CheckpointDamagedError,
     load_checkpoint,

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
 from headrace.pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
@@ -21,9 +25,6 @@ from headrace.pretrain.checkpoint import (
     save_checkpoint,
     storage,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 SHAPES = {"a": (8, 6), "uneven": (7, 5), "few": (1, 9), "vector": (3,), "none": (0, 4), "deep": (5, 4, 3)}
 LAYOUTS = ["plain", "rows", "columns", "replicate", "grid", "hybrid", "strided"]

@@ -5,11 +5,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace.errors import UserError
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.config_io import apply_overrides, format_toml
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]

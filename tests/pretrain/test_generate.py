@@ -2,9 +2,12 @@
 
 import dataclasses
 
-import hf_models
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hf_models
 from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
@@ -14,8 +17,6 @@ from headrace.pretrain.generate import GenerateConfig, choose_token, generate_te
 from headrace.pretrain.hf import choose_stock_class
 from headrace.pretrain.hf.verify import load_stock_model
 from headrace.pretrain.saved_run import load_run
-from hypothesis import given
-from hypothesis import strategies as st
 
 VOCAB = 400
 GREEDY = GenerateConfig(max_new_tokens=30, temperature=0)

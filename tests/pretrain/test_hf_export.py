@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hf_models
 import pytest
 import torch
+
+import hf_models
 from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig

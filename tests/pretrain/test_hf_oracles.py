@@ -2,14 +2,15 @@
 
 import random
 
-import hf_models
 import pytest
 import torch
+from torch.nn import functional as F
+
+import hf_models
 from headrace.model.sequence import SequenceContext
 from headrace.pretrain.hf.import_model import published_name
 from headrace.pretrain.hf.mapping import joins
 from headrace.pretrain.hf.verify import load_stock_model
-from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from headrace.data import Tokenizer
 from headrace.errors import UserError
 from headrace.pretrain.hf.spm_model import read_spm_model
 from headrace.pretrain.hf.tokenizer import convert_tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 

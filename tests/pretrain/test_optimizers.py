@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from headrace.pretrain.optimizers import AdamW, Muon, MuonConfig
-from headrace.pretrain.optimizers.muon import orthogonalise
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from headrace.pretrain.optimizers import AdamW, Muon, MuonConfig
+from headrace.pretrain.optimizers.muon import orthogonalise
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "twin": (6, 10), "thin": (3, 8), "vector": (7,), "scalar_row": (1, 5)}
 STEPS = 5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from headrace.errors import UserError
 from headrace.pretrain.figures import short_count, smoothed
 from headrace.pretrain.report import read_curves, write_report

@@ -3,9 +3,10 @@
 import itertools
 
 import pytest
-from headrace.pretrain.schedule import ScheduleConfig
 from hypothesis import given
 from hypothesis import strategies as st
+
+from headrace.pretrain.schedule import ScheduleConfig
 
 
 @given(

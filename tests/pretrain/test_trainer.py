@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
@@ -108,6 +109,15 @@ def test_how_a_step_is_computed_does_not_change_it(
     config = tiny_config(tmp_path, data, "train.steps=3", *overrides)
     gloo(2, run_to_end, config)
     assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_bfloat16_is_close_to_float32(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    expected = tiny_config(tmp_path, data, "run.name=expected", "train.precision=float32")
+    config = tiny_config(tmp_path, data, "train.precision=bfloat16")
+    gloo(1, run_to_end, expected)
+    gloo(2, run_to_end, config)
+    assert losses(config) != losses(expected)
+    assert losses(config) == pytest.approx(losses(expected), rel=2e-2)
 
 
 def test_training_learns(gloo: Callable, tmp_path: Path, data: Path) -> None:
