@@ -19,6 +19,17 @@ def needs_gradient(*values: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
 
+def working_copy(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of `dtype` to compute `out` in: `out` itself where it has that dtype, else an empty one."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
+def store(out: Tensor, computed: Tensor) -> None:
+    """Write what was computed in `working_copy(out, dtype)` to `out`."""
+    if computed.dtype != out.dtype:
+        out.copy_(computed)
+
+
 def blocks(length: int, row_elements: int, at_least: int = 16) -> Iterator[slice]:
     """Cut `length` rows of `row_elements` elements each into slices that stay within cache, `at_least` rows long."""
     step = max(at_least, BLOCK_ELEMENTS // max(row_elements, 1))

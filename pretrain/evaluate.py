@@ -36,7 +36,7 @@ def choose_documents(dataset: TokenDataset, max_tokens: int) -> list[int]:
     chosen, total = [], 0
     for index in random.Random(0).sample(range(dataset.num_documents), dataset.num_documents):
         chosen.append(index)
-        total += len(dataset.document(index))
+        total += dataset.document_length(index)
         if max_tokens and total >= max_tokens:
             break
     return chosen
@@ -66,7 +66,7 @@ def evaluate(model: HybridLM, dataset: TokenDataset, config: EvalConfig, world: 
     the same number of forward passes, because the passes of a sharded model gather parameters together.
     """
     documents = choose_documents(dataset, config.max_tokens)
-    lengths = [len(dataset.document(index)) for index in documents]
+    lengths = [dataset.document_length(index) for index in documents]
     shares = share_documents(lengths, world.size, config.window)
     passes = [sum(num_windows(lengths[p], config.window) for p in share) for share in shares]
     was_training = model.training

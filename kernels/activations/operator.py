@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import blocks, compute_dtype
+from ..numerics import blocks, compute_dtype, store, working_copy
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -25,7 +25,9 @@ def _swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     dtype = compute_dtype(gate_TD)
     out_TD = torch.empty_like(gate_TD, memory_format=torch.contiguous_format)
     for block in blocks(*gate_TD.shape):
-        out_TD[block] = torch.nn.functional.silu(gate_TD[block].to(dtype)).mul_(up_TD[block])
+        out = working_copy(out_TD[block], dtype)
+        torch.ops.aten.silu.out(gate_TD[block].to(dtype), out=out).mul_(up_TD[block])
+        store(out_TD[block], out)
     return out_TD
 
 
@@ -41,8 +43,12 @@ def _swiglu_backward(dout_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[T
     dup_TD = torch.empty_like(up_TD, memory_format=torch.contiguous_format)
     for block in blocks(*gate_TD.shape):
         gate, dout = gate_TD[block].to(dtype), dout_TD[block].to(dtype)
-        dup_TD[block] = torch.nn.functional.silu(gate).mul_(dout)
-        dgate_TD[block] = torch.ops.aten.silu_backward(dout * up_TD[block], gate)
+        dup, dgate = working_copy(dup_TD[block], dtype), working_copy(dgate_TD[block], dtype)
+        torch.ops.aten.silu.out(gate, out=dup).mul_(dout)
+        torch.mul(dout, up_TD[block], out=dgate)
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        store(dup_TD[block], dup)
+        store(dgate_TD[block], dgate)
     return dgate_TD, dup_TD
 
 

@@ -1,20 +1,13 @@
 """Linear cross-entropy, a chunk of tokens at a time: logits, probabilities and gradients share one buffer."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype
 
 
-class _Chunk(NamedTuple):
-    logits: Tensor  # becomes the gradient of the loss to them
-    loss_sum: Tensor
-
-
-def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool) -> _Chunk:
-    """Compute the loss of one chunk and overwrite `logits` by its gradient, if asked."""
+def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool) -> Tensor:
+    """Return the loss sum of one chunk; `logits` are overwritten, by its gradient to them if asked."""
     index = target[:, None]
     chosen = logits.gather(1, index)
     peak = logits.amax(1, keepdim=True)
@@ -29,7 +22,7 @@ def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: floa
         if z_loss:
             scale = scale * (1 + 2 * z_loss * log_total)
         weights.mul_(scale).scatter_add_(1, index, -counted)
-    return _Chunk(weights, (loss * counted).sum())
+    return (loss * counted).sum()
 
 
 def linear_cross_entropy_forward(
@@ -57,9 +50,8 @@ def linear_cross_entropy_forward(
         counted = target != ignore_index
         logits = (x @ weight_VD.t()).to(dtype)
         target = target.masked_fill(~counted, 0)
-        chunk = _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight)
-        loss_sum += chunk.loss_sum
-        dlogits = chunk.logits.to(x.dtype)
+        loss_sum += _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight)
+        dlogits = logits.to(x.dtype)
         if grad_x:
             torch.mm(dlogits, weight_VD, out=dx_TD[part])
         if grad_weight and x.dtype == dtype:

@@ -9,7 +9,7 @@ from ..numerics import compute_dtype, needs_gradient
 from .chunked import linear_cross_entropy_forward
 
 # Logits in memory at a time: small enough for a core's last cache, large enough to feed a GPU.
-CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 1 << 20, 1 << 28
+CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 1 << 21, 1 << 28
 
 
 def linear_cross_entropy(

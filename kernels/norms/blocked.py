@@ -7,7 +7,7 @@ norm and r = 1 / sqrt(mean(u^2) + eps), the norm's backward is `du = r (dn - u r
 import torch
 from torch import Tensor
 
-from ..numerics import blocks, compute_dtype
+from ..numerics import blocks, compute_dtype, store, working_copy
 
 
 def norm_forward(
@@ -27,8 +27,12 @@ def norm_forward(
         u_TgS = u.unflatten(-1, (-1, group_size))
         mean_square = torch.linalg.vecdot(u_TgS, u_TgS).div_(group_size)
         rstd = torch.rsqrt(mean_square.add_(eps), out=rstd_Tg[block])
-        normed = (u_TgS * rstd[..., None]).flatten(-2).mul_(weight)
-        y_TD[block] = normed.mul_(gate) if gate is not None and norm_before_gate else normed
+        y = working_copy(y_TD[block], dtype)
+        torch.mul(u_TgS, rstd[..., None], out=y.unflatten(-1, (-1, group_size)))
+        y.mul_(weight)
+        if gate is not None and norm_before_gate:
+            y.mul_(gate)
+        store(y_TD[block], y)
     return y_TD, rstd_Tg
 
 

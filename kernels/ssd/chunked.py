@@ -9,6 +9,7 @@ laid out `(rows, chunks, G, N, h * P)` for that reason.
 import torch
 from torch import Tensor
 
+from ..numerics import store, working_copy
 from .layout import (
     Chunks,
     Decays,
@@ -103,10 +104,9 @@ def _output_of_block(
     scores.view(n * G, -1, Q, Q).mul_(torch.bmm(C_mQN, B_mQN.mT).mul_(decays.visible(block, G))[:, None])
     within = torch.bmm(scores.view(n * H, Q, Q), scale_by_head(x_nQHP, dt_nQH * decays.fix_col_nQH[block]))
     before = torch.bmm(C_mQN, states[block].view(n * G, -1, H // G * P))
-    y = y_nQHP if y_nQHP.dtype == before.dtype else torch.empty_like(y_nQHP, dtype=before.dtype)
+    y = working_copy(y_nQHP, before.dtype)
     torch.mul(group_to_tokens(before, n, H), decays.into_nQH[block][..., None], out=y)
     y.addcmul_(within.view(n, H, Q, P).transpose(1, 2), decays.fix_row_nQH[block][..., None])
     if D is not None:
         y.addcmul_(x_nQHP.to(y.dtype), D.to(y.dtype).view(H, -1))
-    if y is not y_nQHP:
-        y_nQHP.copy_(y)
+    store(y_nQHP, y)

@@ -17,8 +17,8 @@ from ..numerics import compute_dtype
 # Elements in the `Q x Q` matrices of all heads of a block of chunks.
 BLOCK_ELEMENTS = 1 << 18
 
-# Decays below this power of two count as nothing. They would be lost in rounding anyway, and their products with
-# gradients would be denormal numbers, with which a processor computes many times slower.
+# Decays below this power of two become zero, or this power within chunks. They would be lost in rounding anyway, and
+# their products with gradients would be denormal numbers, with which a processor computes many times slower.
 SMALLEST_LOG2 = {torch.float32: -64.0, torch.float64: -900.0}
 
 

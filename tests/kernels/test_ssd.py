@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.kernels import ssd_scan, ssd_step
 from headrace.kernels.ssd import ssd_reference
+from headrace.kernels.ssd.layout import compute_decays, decay_matrix
 
 SHAPES = {"L=1": (1, 1), "L=63": (2, 63), "L=64": (1, 64), "L=65": (2, 65), "L=100": (2, 100)}
 
@@ -150,6 +151,16 @@ def test_extreme_steps_stay_finite_and_exact() -> None:
     assert_close(case.results(), case.results("reference"), 1e-10)
     for value in case.to(torch.float32).results():
         assert value.isfinite().all()
+
+
+def test_no_decay_is_a_denormal_number() -> None:
+    dt_nQH = torch.rand(3, 64, 8) * 3
+    reset_nQ = torch.rand(3, 64) < 0.05
+    decays = compute_decays(dt_nQH, -torch.arange(1.0, 9.0), reset_nQ)
+    matrix = decay_matrix(decays, slice(0, 3))
+    for values in (decays.into_nQH, decays.out_nQH, decays.through_nH, matrix):
+        assert ((values == 0) | (values >= 2.0**-64)).all()
+    assert (matrix <= 1).all()
 
 
 @pytest.mark.parametrize("cut", [1, 64, 77])

@@ -109,6 +109,13 @@ def test_strided_inputs_equal_contiguous_ones() -> None:
     y.transpose(1, 2).contiguous().sum().backward()
     assert joined.grad.isfinite().all()
 
+    along_time = [
+        t.permute(*range(2, t.dim()), 0, 1).contiguous().permute(-2, -1, *range(t.dim() - 2)) for t in (x, B, C)
+    ]
+    assert along_time[0].stride(1) == 1
+    y_along_time, _ = ssd_scan(along_time[0], dt, A, *along_time[1:], D)
+    assert torch.equal(y_along_time, y)
+
 
 def saved_bytes(run: Callable[[], object]) -> int:
     """Bytes of distinct storages that autograd keeps for the backward pass of `run`."""
