@@ -29,6 +29,13 @@ class LayerStates:
         """Replace the named tensors of a layer."""
         self.layers.setdefault(layer_index, {}).update(tensors)
 
+    def keep_last_keys(self, count: int) -> None:
+        """Forget all but the last `count` tokens in attention layers; recurrent states keep what they hold."""
+        for layer in self.layers.values():
+            for name in ("keys", "values"):
+                if name in layer and layer[name].shape[2] > count:
+                    layer[name] = layer[name][:, :, layer[name].shape[2] - count :].clone()
+
     def num_bytes(self) -> int:
         """Bytes of all layers' tensors together."""
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.values())

@@ -98,17 +98,20 @@ class EvalConfig:
         every_steps: updates between evaluations during training; 0 turns them off.
         max_tokens: held-out tokens read each time, whole documents; 0 reads all.
         window: tokens scored in one forward pass; a document goes on from window to window with its state.
+        max_keys: tokens before a window that attention layers still see; 0 keeps all. Recurrent states always go on.
+            Attention trained on short rows does worse, not better, with far more keys than a row has.
     """
 
     every_steps: int = 0
     max_tokens: int = 0
     window: int = 1024
+    max_keys: int = 0
 
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = [
             f"eval.{name}={getattr(self, name)} must not be negative"
-            for name in ("every_steps", "max_tokens")
+            for name in ("every_steps", "max_tokens", "max_keys")
             if getattr(self, name) < 0
         ]
         if self.window < 1:

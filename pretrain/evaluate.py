@@ -98,5 +98,7 @@ def _score(model: HybridLM, document: torch.Tensor, config: EvalConfig, world: W
         stop = min(start + config.window, document.shape[1] - 1)
         context = SequenceContext(states=states)
         nats, tokens = model(document[:, start:stop], context, document[:, start + 1 : stop + 1])
+        if config.max_keys:
+            states.keep_last_keys(config.max_keys)
         total += torch.tensor([float(nats), float(tokens)], dtype=torch.float64)
     return total

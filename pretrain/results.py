@@ -1,13 +1,12 @@
 """The figures a run ends with: held-out bits per byte beside what gzip and xz make of the same bytes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import TokenDataset, check_tokenizer
 from ..parallel.mesh import World
-from .config import EvalConfig
 from .evaluate import evaluate
 from .run_folder import replace_file
 from .saved_run import find_run, load_run
@@ -25,7 +24,7 @@ def evaluate_run(path: Path, world: World) -> dict[str, Any]:
     model, tokenizer, config = load_run(run.checkpoint, device=world.device)
     dataset = TokenDataset(config.data.folder, "heldout")
     check_tokenizer(dataset, tokenizer)
-    found = evaluate(model, dataset, EvalConfig(window=config.eval.window), world)
+    found = evaluate(model, dataset, replace(config.eval, max_tokens=0), world)
     results = {
         "checkpoint": run.checkpoint.name,
         **asdict(found),
