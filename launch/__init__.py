@@ -1,1 +1,1 @@
-"""launch"""
+"""The command line, and the start of several processes."""

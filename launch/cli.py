@@ -14,18 +14,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for a defect of ours, 2 for a mistake of the user's, 130 for Ctrl-C."""
     options = parse(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"headrace: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("headrace: interrupted", file=sys.stderr)
+        if "RANK" not in os.environ:  # the launcher speaks for its processes
+            print("headrace: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output left (as `| head` does); closing stdout again at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"headrace: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,9 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
     train.add_argument("config", help="a TOML file")
-    train.add_argument(
-        "--nproc", type=int, help="start this many processes here (default: as torchrun or srun did, else 1)"
-    )
+    train.add_argument("--nproc", type=int, help="start this many processes here (default: as torchrun did, else 1)")
     _add_overrides(train)
 
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")

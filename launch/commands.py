@@ -70,7 +70,8 @@ def evaluate(options: argparse.Namespace) -> int:
         results = evaluate_run(Path(options.run_folder), world)
     finally:
         stop_world()
-    print(format_results(results))
+    if world.is_first:
+        print(format_results(results))
     return 0
 
 

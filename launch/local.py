@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -14,13 +15,6 @@ from ..errors import UserError
 
 LAUNCHER = "HEADRACE_LAUNCHER"
 PR_SET_PDEATHSIG = 1
-# Activations come and go every step: glibc should keep their pages instead of returning them and faulting them in anew
-# (about a tenth of a step on a CPU).
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
 
 
 def check_nproc(nproc: int) -> None:
@@ -45,14 +39,13 @@ def end_with_launcher() -> None:
 def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
 
-    Returns 0, or the exit status of the first process to fail. A process that fails ends the others. Each has said
-    itself what was wrong, so nothing is printed here.
+    Returns 0, or the exit status of the process that failed. A process that fails ends the others. It has said itself
+    what was wrong, unless a signal ended it.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    for name, value in MALLOC.items():
-        os.environ.setdefault(name, value)
     launch = LaunchConfig(
         run_id="headrace",
         min_nodes=1,
@@ -65,7 +58,18 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     )
     try:
         elastic_launch(launch, sys.executable)("-m", "headrace", *arguments)
+    except SignalException as ended:
+        if ended.sigval is signal.SIGINT:
+            raise KeyboardInterrupt from None
+        print(f"headrace: ended by {ended.sigval.name}", file=sys.stderr)
+        return 128 + ended.sigval
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        status = max(failure.exitcode for failure in error.failures.values())
+        if status < 0:
+            rank, failure = error.get_first_failure()
+            hint = "; the system does that when memory runs out" if -status == signal.SIGKILL else ""
+            print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
+        return status if status > 0 else 1
+    finally:
+        del os.environ[LAUNCHER]
     return 0

@@ -9,8 +9,7 @@ from .sequence import SequenceContext
 class Block(nn.Module):
     """`x + mixer(norm(x))`. The unit of sharding and of activation recomputation.
 
-    Selective recomputation saves the matrix products (`aten.mm`, `aten.addmm`) and the outputs of
-    the scan and of attention, and recomputes the rest (norms, convolution, activations), which is cheap.
+    Nothing outside it but its input and the sequence context is needed to compute it again.
     """
 
     def __init__(self, mixer: nn.Module, d_model: int, norm_eps: float) -> None:

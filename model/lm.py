@@ -22,6 +22,8 @@ EMBEDDING_STD = 0.02
 class HybridLM(nn.Module):
     """Embedding, residual layers by pattern, final norm, output head (absent when tied to the embedding).
 
+    `loss` is a seam: parallelism sets another callable there.
+
     Built on any device, the meta device included; every parameter holds NaN until `initialize` or a load.
 
     Raises:
@@ -46,6 +48,7 @@ class HybridLM(nn.Module):
             "embed.weight": ParameterRule(Normal(EMBEDDING_STD), "embedding", vocabulary),
             "lm_head.weight": ParameterRule(Normal(EMBEDDING_STD), "head", vocabulary),
         }
+        self.loss = linear_cross_entropy
         self._rules = collect_rules(self)
 
     def forward(
@@ -80,7 +83,7 @@ class HybridLM(nn.Module):
         x_BLD = self.norm(x_BLD)
         weight_VD = self.embed.weight if self.lm_head is None else self.lm_head.weight
         if targets_BL is not None:
-            return linear_cross_entropy(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
+            return self.loss(x_BLD.flatten(0, 1), weight_VD, targets_BL.flatten())
         logits_BLV = F.linear(x_BLD, weight_VD)
         return logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
 

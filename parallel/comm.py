@@ -1,9 +1,14 @@
 """Collectives that the rest of the package calls by meaning, not by name."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+
+T = TypeVar("T")
 
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -15,24 +20,24 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def from_first_rank(value: object) -> object:
-    """Rank 0's `value` on every process. Collective; `value` must be small."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def do_together(action: Callable[[], T]) -> T:
+    """`action()` on every process; what any of them met is raised on all, so that none waits for one that left.
 
-
-def raise_together(error: UserError | None) -> None:
-    """Raise on every process what any of them met, so that none waits for one that has left. Collective.
+    Collective. `action` itself must not be, unless it fails on every process or on none.
 
     Raises:
-        UserError: the message of the lowest rank that has one.
+        UserError: the message of the lowest rank that met one, or could not read or write a file.
     """
+    error: Exception | None = None
+    try:
+        result = action()
+    except (UserError, OSError) as met:
+        error = met
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, str(error) if error else None)
-    for message in messages:
-        if message is not None:
-            raise UserError(message, everywhere=True)
+    if first := next(filter(None, messages), None):
+        raise UserError(first, everywhere=True) from error
+    return result
 
 
 def gather_stack(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""pretrain"""
+"""A run: configuration, training loop, optimizers, checkpoints, evaluation, conversion, report."""

@@ -172,7 +172,7 @@ class Config:
             *self.train.problems(world_size),
             *self.parallel.problems(world_size),
             *self.optimizer.problems(),
-            *self.schedule.problems(self.train.steps),
+            *(self.schedule.problems(self.train.steps) if self.train.steps > 0 else []),
             *self.eval.problems(),
             *self.checkpoint.problems(),
             *self.log.problems(),

@@ -6,6 +6,7 @@ their `problems()` methods. All mistakes are collected before anything is raised
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -79,7 +80,7 @@ def build(cls: type[T], table: Mapping[str, Any], errors: list[str], where: str 
         if name in values:
             continue
         if dataclasses.is_dataclass(hints[name]):
-            values[name] = build(hints[name], {}, errors, f"{where}{name}.")  # type: ignore[arg-type]
+            values[name] = build(hints[name], {}, errors, f"{where}{name}.")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             errors.append(f"missing key {where}{name}")
     return cls(**values) if len(errors) == before else None
@@ -114,6 +115,8 @@ def _convert(hint: Any, value: Any, errors: list[str], where: str) -> Any:
 
 
 def _convert_scalar(kind: Any, value: Any, errors: list[str], where: str) -> Any:
+    if kind is float and isinstance(value, float) and math.isnan(value):
+        errors.append(f"{where}=nan is not a number")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):

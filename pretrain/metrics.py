@@ -16,20 +16,20 @@ class Metrics:
 
     def __init__(self, config: Config, path: Path) -> None:
         self.total_steps = config.train.steps
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
         self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
 
     def start(self, step: int, tokens: int) -> None:
         """The run starts, or goes on, after `step`."""
         self._write({"kind": "start", "step": step, "tokens": tokens})
 
-    def train(self, record: dict[str, Any]) -> None:
+    def train(self, record: dict[str, Any], seconds_left: float) -> None:
         """One update's record (see docs/metrics.md for its keys)."""
-        left = (self.total_steps - record["step"]) * record["seconds"]
         skipped = f" | skipped {record['skipped']}" if record["skipped"] else ""
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         self._show(
-            f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | loss {record['loss']:.4f} | "
-            f"{record['tokens_per_s']:,.0f} tokens/s | {_clock(left)} left{skipped}"
+            f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | loss {loss} | "
+            f"{record['tokens_per_s']:,.0f} tokens/s | {_clock(seconds_left)} left{skipped}"
         )
         self._write({"kind": "train", **record})
 
@@ -49,8 +49,10 @@ class Metrics:
         print(f"{stamp} {line}", file=sys.stderr, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
             kind, step = record["kind"], record["step"]
             self.wandb.log({f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}, step=step)

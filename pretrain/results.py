@@ -34,7 +34,8 @@ def evaluate_run(path: Path, world: World) -> dict[str, Any]:
             for program, size in dataset.baselines.items()
         },
     }
-    replace_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    if world.is_first:
+        replace_file(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

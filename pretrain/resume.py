@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UserError
 from ..model.lm import HybridLM
+from ..parallel.comm import do_together
 from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_rank_tensors, save_checkpoint
 from .optimizers import Optimizer
 
@@ -72,24 +73,36 @@ def resume_training(
     On as many ranks as saved it, random states are restored too and training continues bit for bit.
 
     Raises:
-        UserError: the checkpoint was trained on other data, another tokenizer, seed or batch, or is damaged.
+        UserError: as `find_matching`, or a piece of the checkpoint is damaged; the same on every process.
+    """
+    found = do_together(lambda: find_matching(folder, data))
+    if found is None:
+        return None
+    checkpoint, progress = found
+    do_together(lambda: load_checkpoint(checkpoint, dict(tensors)))
+    random_states = do_together(lambda: read_rank_tensors(checkpoint, rank))
+    if random_states:
+        torch.set_rng_state(random_states["cpu"])
+        if torch.cuda.is_available() and "cuda" in random_states:
+            torch.cuda.set_rng_state(random_states["cuda"])
+    return progress
+
+
+def find_matching(folder: Path, data: Mapping[str, Any]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint in `folder` and how far it had come, None without any.
+
+    Raises:
+        UserError: it was trained on other data, another tokenizer, seed or batch, or its manifest is damaged.
     """
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         return None
     extra = read_extra(checkpoint)
-    changed = [
-        f"{key}: {extra['data'].get(key)} -> {value}" for key, value in data.items() if extra["data"].get(key) != value
-    ]
+    saved = extra["data"]
+    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in data.items() if saved.get(key) != value]
     if changed:
         raise UserError(
             f"checkpoint {checkpoint} was trained on another data order ({'; '.join(changed)}); "
             f"restore what changed, or choose another run.name"
         )
-    load_checkpoint(checkpoint, dict(tensors))
-    random_states = read_rank_tensors(checkpoint, rank)
-    if random_states:
-        torch.set_rng_state(random_states["cpu"])
-        if torch.cuda.is_available() and "cuda" in random_states:
-            torch.cuda.set_rng_state(random_states["cuda"])
-    return Progress(**extra["progress"])
+    return checkpoint, Progress(**extra["progress"])

@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration and put where its last checkpoint left them."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..model.lm import HybridLM
-from ..parallel.comm import raise_together
+from ..parallel.comm import do_together
 from ..parallel.fsdp import materialise, shard_model
 from ..parallel.mesh import World, build_mesh
 from ..parallel.recompute import recompute_blocks
@@ -24,7 +25,7 @@ from .run_folder import RunFolder, cut_metrics, open_run_folder, write_record
 
 @dataclass
 class Run:
-    """The parts of a run on this process; `folder` and `metrics` exist on rank 0 alone."""
+    """The parts of a run on this process; rank 0 alone has `folder` and `metrics`, a run that evaluates `heldout`."""
 
     config: Config
     world: World
@@ -32,7 +33,7 @@ class Run:
     optimizers: list[Optimizer]
     tensors: dict[str, torch.Tensor]
     loader: BatchLoader
-    heldout: TokenDataset
+    heldout: TokenDataset | None
     data_facts: dict[str, Any]
     progress: Progress
     folder: RunFolder | None
@@ -40,9 +41,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
-        save_training(
-            checkpoints(self.config), self.tensors, self.progress, self.data_facts, self.config.checkpoint.keep_last
-        )
+        folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
+        do_together(lambda: save_training(folder, self.tensors, self.progress, self.data_facts, keep_last))
 
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""
@@ -65,14 +65,33 @@ def build_run(config: Config, world: World) -> Run:
         UserError: on every process, when any of them cannot go on.
     """
     mesh = build_mesh(config.parallel, world)
-    rows, heldout = open_data(config)
-    folder = open_together(config, world)
+    data = do_together(lambda: open_data(config))
+    folder = do_together(lambda: open_run_folder(config) if world.is_first else None)
+    try:
+        return fill_run(config, world, mesh, data, folder)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+
+
+def fill_run(
+    config: Config,
+    world: World,
+    mesh: DeviceMesh,
+    data: tuple[TokenRows, TokenDataset | None],
+    folder: RunFolder | None,
+) -> Run:
+    """The rest of `build_run`, between opening the folder and the first step. Collective."""
+    rows, heldout = data
     model = build_model(config, mesh, world.device)
     optimizers = build_optimizers(model, config.optimizer)
     tensors = training_tensors(model, optimizers)
     facts = data_facts(config, rows.dataset)
-    resumed = resume_training(checkpoints(config), tensors, facts, world.rank)
-    progress = resumed or Progress()
+    progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
+    record = {"layout": layout(mesh), "data": facts, "resumed_at": progress.step}
+    tokenizer = rows.dataset.tokenizer_path
+    metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
         rows,
         batch_rows=config.train.batch_rows // world.size,
@@ -81,61 +100,41 @@ def build_run(config: Config, world: World) -> Run:
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    metrics = None
-    if folder is not None:
-        write_record(folder, config, {"layout": layout(mesh), "data": facts, "resumed_at": progress.step})
-        shutil.copyfile(rows.dataset.tokenizer_path, folder.path / "tokenizer.model")
-        cut_metrics(folder.metrics, progress.step)
-    metrics = start_metrics(config, folder)
-    if metrics is not None and progress.step < config.train.steps:
-        metrics.start(progress.step, progress.tokens)
     return Run(config, world, model, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
 
 
-def open_together(config: Config, world: World) -> RunFolder | None:
-    """Rank 0's run folder, None elsewhere; every process learns when it cannot be opened. Collective."""
-    folder, error = None, None
-    if world.is_first:
-        try:
-            folder = open_run_folder(config)
-        except UserError as met:
-            error = met
-    raise_together(error)
-    return folder
-
-
-def start_metrics(config: Config, folder: RunFolder | None) -> Metrics | None:
-    """Rank 0's metrics, None elsewhere; every process learns when wandb cannot be reached. Collective."""
-    metrics, error = None, None
-    if folder is not None:
-        try:
-            metrics = Metrics(config, folder.metrics)
-        except UserError as met:
-            error = met
-    raise_together(error)
-    return metrics
-
-
-def open_data(config: Config) -> tuple[TokenRows, TokenDataset]:
-    """The training rows and the held-out split, checked against the tokenizer and the model's vocabulary. Collective.
+def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:
+    """The training rows and, where the run evaluates, the held-out split, checked against tokenizer and vocabulary.
 
     Raises:
-        UserError: on every process, when the data is damaged or does not fit on any.
+        UserError: the data is damaged or does not fit.
     """
-    error = None
-    try:
-        data, heldout = TokenDataset(config.data.folder, "train"), TokenDataset(config.data.folder, "heldout")
-        check_tokenizer(data, Tokenizer.load(data.tokenizer_path))
-        if data.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the tokenizer in "
-                f"{config.data.folder}; set model.vocab_size={data.vocab_size} or more"
-            )
-        rows = TokenRows(data, config.data.seq_len, config.data.seed)
-    except UserError as met:
-        error = met
-    raise_together(error)
-    return rows, heldout
+    data = TokenDataset(config.data.folder, "train")
+    heldout = TokenDataset(config.data.folder, "heldout") if config.eval.every_steps else None
+    check_tokenizer(data, Tokenizer.load(data.tokenizer_path))
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is below the {data.vocab_size} pieces of the tokenizer in "
+            f"{config.data.folder}; set model.vocab_size={data.vocab_size} or more"
+        )
+    return TokenRows(data, config.data.seq_len, config.data.seed), heldout
+
+
+def open_record(
+    config: Config, folder: RunFolder, tokenizer: Path, facts: dict[str, Any], progress: Progress
+) -> Metrics:
+    """Write what this start runs with into the run folder, and open its metrics where `progress` left them.
+
+    Raises:
+        UserError: wandb cannot be reached.
+    """
+    write_record(folder, config, facts)
+    shutil.copyfile(tokenizer, folder.path / "tokenizer.model")
+    cut_metrics(folder.metrics, progress.step)
+    metrics = Metrics(config, folder.metrics)
+    if progress.step < config.train.steps:
+        metrics.start(progress.step, progress.tokens)
+    return metrics
 
 
 def data_facts(config: Config, data: TokenDataset) -> dict[str, Any]:
@@ -161,14 +160,22 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return getattr(torch, config.train.precision)
 
 
+def check_compiler() -> None:
+    """Raises UserError where torch.compile would find no compiler (C++ for CPUs; Triton wants one for GPUs too)."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise UserError(f"train.compile=true needs a compiler, and there is no {name}; install g++ or set CXX")
+
+
 def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> HybridLM:
-    """The sharded model with its initial values."""
+    """The sharded model with its initial values. Raises UserError where it is to be compiled without a compiler."""
     with torch.device("meta"):
         model = HybridLM(config.model)
     recompute_blocks(model, config.train.recompute)
     shard_model(model, mesh, config.parallel, compute_dtype(config, device))
     materialise(model, device, config.run.seed)
     if config.train.compile:
+        check_compiler()
         for block in model.layers:
             block.compile()
     return model

@@ -15,9 +15,22 @@ from .. import __version__
 from ..errors import UserError
 from .config import Config, load_config
 
-# A resumed run must compute what the first start would have. These may change all the same: how it is computed,
-# and how long it goes on.
-FREE_TO_CHANGE = {"train.steps", "train.micro_batch_rows", "train.recompute", "train.compile", "train.nonfinite_limit"}
+# A resumed run must compute what the first start would have, so these tables must not change ...
+FIXED = ("run", "model", "data", "optimizer", "schedule", "train")
+# ... but for where things lie (the data's fingerprint is compared), how a step is computed, and how the run ends.
+FREE_TO_CHANGE = {
+    "run.name",
+    "run.root",
+    "data.folder",
+    "data.prefetch",
+    "schedule.decay_fraction",
+    "schedule.final_ratio",
+    "train.steps",
+    "train.micro_batch_rows",
+    "train.recompute",
+    "train.compile",
+    "train.nonfinite_limit",
+}
 
 
 @dataclass
@@ -26,11 +39,6 @@ class RunFolder:
 
     path: Path
     lock: IO[str]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -53,28 +61,35 @@ def open_run_folder(config: Config) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"run folder {path} cannot be used: {error.strerror}") from None
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
         lock.close()
         raise UserError(f"run folder {path} is in use by {owner}; wait for it, or choose another run.name") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
+    except OSError as error:
+        raise UserError(f"run folder {path} cannot be used: {error.strerror}") from None
+    try:
+        check_unchanged(path, config)
+    except UserError:
+        lock.close()
+        raise
+    return RunFolder(path, lock)
+
+
+def check_unchanged(path: Path, config: Config) -> None:
+    """Raises UserError where the run folder `path` has checkpoints of a run that computes something else."""
     saved = path / "config.toml"
     if saved.exists() and any((path / "checkpoints").glob("step-*")):
-        differences = load_config(saved).differences(config, ("model", "data", "optimizer", "train"))
+        differences = load_config(saved).differences(config, FIXED)
         if changed := [line for line in differences if line.partition(":")[0] not in FREE_TO_CHANGE]:
-            lock.close()
             raise UserError(
                 f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
                 f"choose another run.name, or delete the folder to start over"
             )
-    return RunFolder(path, lock)
 
 
 def write_record(folder: RunFolder, config: Config, facts: dict[str, Any]) -> None:
@@ -96,20 +111,28 @@ def cut_metrics(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     replace_file(path, "".join(kept))
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written to.
+    """
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _version(package: str) -> str | None:

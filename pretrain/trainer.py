@@ -2,10 +2,11 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
-from ..data import Batch
+from ..data import Batch, TokenDataset
 from ..errors import UserError
 from ..model.sequence import SequenceContext
 from ..parallel.comm import sum_over_ranks
@@ -18,6 +19,15 @@ from .resume import Progress
 from .run import Run, build_run
 
 
+@dataclass
+class Pace:
+    """Updates, target tokens and seconds since the last record; evaluations and saves do not count."""
+
+    updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 def train(config: Config, world: World) -> Progress:
     """Train until `config.train.steps`, from the newest checkpoint of the run folder if it has one. Collective.
 
@@ -28,6 +38,7 @@ def train(config: Config, world: World) -> Progress:
     progress, steps, clip_norm = run.progress, config.train.steps, config.train.clip_norm
     skipped_in_a_row = torch.zeros((), device=world.device)
     skipped = torch.zeros((), device=world.device)
+    pace = Pace()
     try:
         while progress.step < steps:
             started = time.perf_counter()
@@ -43,14 +54,22 @@ def train(config: Config, world: World) -> Progress:
             progress.step += 1
             progress.next_row += config.train.batch_rows
             progress.tokens += targets
-            if due(progress.step, config.log.every_steps, steps):
-                progress.skipped += int(skipped)
+            log, save = (
+                due(progress.step, every, steps) for every in (config.log.every_steps, config.checkpoint.every_steps)
+            )
+            if log or save:
+                progress.skipped += int(skipped)  # waits for the device
                 skipped.zero_()
-                report_step(run, loss_sum, targets, norm, time.perf_counter() - started)
+            pace.updates += 1
+            pace.tokens += targets
+            pace.seconds += time.perf_counter() - started
+            if log:
+                report_step(run, loss_sum, targets, norm, pace)
+                pace = Pace()
                 check_finite(config, progress, int(skipped_in_a_row))
-            if config.eval.every_steps and due(progress.step, config.eval.every_steps, steps):
-                report_heldout(run)
-            if due(progress.step, config.checkpoint.every_steps, steps):
+            if run.heldout is not None and due(progress.step, config.eval.every_steps, steps):
+                report_heldout(run, run.heldout)
+            if save:
                 run.save()
     finally:
         run.close()
@@ -89,7 +108,7 @@ def forward_backward(run: Run, batch: Batch) -> tuple[torch.Tensor, int]:
     return total, targets
 
 
-def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, seconds: float) -> None:
+def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, pace: Pace) -> None:
     """Write this step's record. Collective."""
     loss = float(sum_over_ranks(loss_sum)) / max(1, targets)
     progress, config = run.progress, run.config
@@ -101,10 +120,11 @@ def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tens
                 "loss": loss if math.isfinite(loss) else None,
                 "lr": config.optimizer.lr * config.schedule.scale(progress.step, config.train.steps),
                 "grad_norm": float(norm) if math.isfinite(norm) else None,
-                "tokens_per_s": targets / seconds,
-                "seconds": seconds,
+                "tokens_per_s": pace.tokens / pace.seconds,
+                "seconds": pace.seconds,
                 "skipped": progress.skipped,
-            }
+            },
+            seconds_left=(config.train.steps - progress.step) * pace.seconds / pace.updates,
         )
 
 
@@ -121,9 +141,11 @@ def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> N
         )
 
 
-def report_heldout(run: Run) -> None:
+def report_heldout(run: Run, heldout: TokenDataset) -> None:
     """Evaluate and write the record. Collective."""
-    found = evaluate(run.model, run.heldout, run.config.eval, run.world)
+    # Documents differ in length: a compiled block would be compiled again for each.
+    with torch.compiler.set_stance("force_eager"):
+        found = evaluate(run.model, heldout, run.config.eval, run.world)
     if run.metrics is not None:
         run.metrics.evaluation(
             {

@@ -92,10 +92,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
-    dx_TD, dweight_VD = ctx.saved_tensors
-    dx = dx_TD * dloss.to(dx_TD.dtype) if ctx.grad_x else None
-    dweight = dweight_VD * dloss.to(dweight_VD.dtype) if ctx.grad_weight else None
-    return dx, dweight, None, None, None, None, None, None
+    # Scaled in the dtype of the loss: rounded to bfloat16, the scale would be wrong by the same 0.2% everywhere.
+    grads = (
+        (grad.to(dloss.dtype) * dloss).to(grad.dtype) if wanted else None
+        for grad, wanted in zip(ctx.saved_tensors, (ctx.grad_x, ctx.grad_weight), strict=True)
+    )
+    return *grads, None, None, None, None, None, None
 
 
 _loss.register_autograd(_backward, setup_context=_setup_context)

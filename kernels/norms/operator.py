@@ -27,7 +27,7 @@ def gated_rms_norm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """Compute the gated norm of Mamba-2 (arXiv 2405.21060, section 7.2): `norm(x * silu(z)) * weight`.
+    """Compute the gated norm of Mamba-2 (arXiv 2405.21060, section 7.1): `norm(x * silu(z)) * weight`.
 
     With `norm_before_gate`, `norm(x) * weight * silu(z)`. `x` and `z` are `(..., D)`, `weight` is `(D,)`; the mean
     square is taken over groups of `group_size` neighbouring channels, over all D when None. Dtypes as in `rms_norm`.

@@ -155,7 +155,6 @@ def _within_chunks(
     grads.B_nGQN[block].flatten(0, 1).baddbmm_(dproducts_mQQ.mT, C_mQN)
     # float64: the sums over rows and over columns nearly cancel where decays are fast
     flow = dscores.mul_(products_mhQQ).view(n, H, Q, Q).double()
-    flow.diagonal(dim1=-2, dim2=-1).zero_()
     grads.flow_in_nQH[block].add_((flow.sum(-1) - flow.sum(-2)).transpose(1, 2))
 
     dinflow = torch.bmm(decay_mhQQ.mul_(products_mhQQ).view(n * H, Q, Q).mT, dy_rQP)
@@ -173,7 +172,5 @@ def _through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradient
     dlog_nQH = decays.sees_nQQ.mT @ grads.flow_in_nQH
     dlog_nQH += decays.sees_nQQ.tril(-1) @ grads.flow_out_nQH.double()
     dlog_nQH += grads.flow_through_nH.double()[:, None]
-    if chunks.reset_nQ is not None:
-        dlog_nQH.masked_fill_(chunks.reset_nQ[..., None], 0.0)
     dA_H = (dlog_nQH * chunks.dt_nQH).sum((0, 1))
     return grads.dt_nQH + (dlog_nQH * A_H).to(grads.dt_nQH.dtype), dA_H

@@ -113,7 +113,8 @@ def compute_decays(dt_nQH: Tensor, A_H: Tensor, reset_nQ: Tensor | None) -> Deca
         sees = sees & (document_nQ[:, :, None] == document_nQ[:, None, :])
     sees_nQQ = sees.double()
     # Sums start anew at each document, by exact zeros: nothing of a document reaches another one, not even rounding.
-    log2_nQH = sees_nQQ @ (dt_nQH.double() * (A_H.double() / math.log(2)))
+    # A step of 2^-1024 is zero in every dtype: larger ones would only cost their neighbours digits.
+    log2_nQH = sees_nQQ @ (dt_nQH.double() * (A_H.double() / math.log(2))).clamp_(min=-1024.0)
     into, through = _power_of_two(log2_nQH, dtype), _power_of_two(log2_nQH[:, -1], dtype)
     out = _power_of_two(log2_nQH[:, -1:] - log2_nQH, dtype)
     if reset_nQ is not None:
@@ -121,11 +122,11 @@ def compute_decays(dt_nQH: Tensor, A_H: Tensor, reset_nQ: Tensor | None) -> Deca
         out = out.masked_fill((document_nQ != document_nQ[:, -1:])[..., None], 0.0)
         through = through.masked_fill(document_nQ[:, -1:] != 0, 0.0)
     rounded_nQH = log2_nQH.to(dtype)
-    error_nQH = (log2_nQH - rounded_nQH).mul_(math.log(2)).to(dtype)
+    error_nQH = log2_nQH - rounded_nQH
     return Decays(
         log2_nHQ=rounded_nQH.transpose(1, 2).contiguous(),
-        fix_row_nQH=1 + error_nQH,
-        fix_col_nQH=1 - error_nQH,
+        fix_row_nQH=error_nQH.exp2().to(dtype),
+        fix_col_nQH=error_nQH.neg().exp2().to(dtype),
         sees_nQQ=sees_nQQ,
         into_nQH=into,
         out_nQH=out,

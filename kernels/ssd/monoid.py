@@ -31,9 +31,9 @@ def ssd_summary(
     """Summarise a stretch of tokens by `(M_BH, S_BHPN)`: the state leaving it is `M * (state entering it) + S`.
 
     Shapes as in `ssd_scan`; results are float32 (float64 for float64 inputs), with gradients. `M` is exactly 0 when
-    a document starts anywhere in the stretch.
+    a document starts anywhere in the stretch. Raises ValueError like `ssd_scan`.
     """
-    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset)
+    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset, chunk_size)
     keep_states = needs_gradient(x_BLHP, dt_BLH, A_H, B_BLGN)
     _, S_BHPN, _ = ssd_chunked(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset, chunk_size, keep_states)
     M_BH = torch.exp(dt_BLH.to(S_BHPN.dtype).sum(1) * A_H.to(S_BHPN.dtype))

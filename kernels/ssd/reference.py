@@ -16,7 +16,7 @@ def ssd_reference(
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, equation 1) over time.
+    """Run the recurrence of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, equation 2) over time.
 
     `a_t = exp(dt_t A)`, or 0 where `reset` is True; `S_t = a_t S_(t-1) + dt_t x_t B_t^T`; `y_t = S_t C_t + D x_t`.
     Shapes as in `ssd_scan`. Returns `y_BLHP` in the dtype of `x` and the final state `(B, H, P, N)` in float32

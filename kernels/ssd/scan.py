@@ -45,11 +45,9 @@ def ssd_scan(
         Gradients flow through both, to all tensors but `reset`.
 
     Raises:
-        ValueError: an unknown backend, or shapes that do not fit together.
+        ValueError: an unknown backend, a chunk size below 1, or shapes that do not fit together.
     """
-    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 when in doubt")
+    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, chunk_size)
     if backend == "reference":
         return ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset)
     if backend not in BACKENDS:
@@ -69,8 +67,11 @@ def check_arguments(
     D: Tensor | None,
     initial_state: Tensor | None,
     reset: Tensor | None,
+    chunk_size: int,
 ) -> None:
-    """Raise a ValueError that names the first argument whose shape does not fit the others."""
+    """Raise a ValueError that names the first argument whose shape does not fit the others, or a bad chunk size."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 when in doubt")
     if x_BLHP.dim() != 4 or B_BLGN.dim() != 4:
         raise ValueError(f"x and B have shapes {_shape(x_BLHP)} and {_shape(B_BLGN)}; give (B, L, H, P), (B, L, G, N)")
     B, L, H, P = x_BLHP.shape

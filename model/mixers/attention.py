@@ -15,6 +15,9 @@ from ..linear import Linear, joined_linear
 from ..rules import REPLICATED, ParameterRule, ShardRule
 from ..sequence import SequenceContext
 
+# On a CPU: queries of a block, and the probabilities a layer may keep for its backward pass (256 MiB in float32).
+BLOCK_QUERIES, MOST_PROBABILITIES = 128, 1 << 26
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -182,9 +185,9 @@ def rotary_tables(seq: SequenceContext, L: int, dims: int, theta: float, like: T
     """Cosines and sines (B or 1, 1, L, dims/2) of the tokens' positions in their documents, in `like`'s dtype."""
 
     def make() -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        exponent = torch.arange(0, dims, 2, device=like.device, dtype=dtype) / dims
-        angle = seq.position_BL(L, like.device)[:, None, :, None].to(dtype) / theta**exponent
+        # In float64: at a million tokens, float32 angles are wrong by several hundredths.
+        exponent = torch.arange(0, dims, 2, device=like.device, dtype=torch.float64) / dims
+        angle = seq.position_BL(L, like.device)[:, None, :, None] / theta**exponent
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
     return seq.shared(("rotary", L, dims, theta, like.dtype), make)
@@ -205,23 +208,51 @@ def attend(
     A query sees the keys of its document that are not after it and less than `window` tokens before it.
     """
     L, S = q_BHLP.shape[2], k_BJSP.shape[2]
-    grouped = q_BHLP.shape[1] != k_BJSP.shape[1]
-    if seq.one_document and (window is None or window >= L):
-        return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, is_causal=True, scale=scale, enable_gqa=grouped)
+    in_blocks = _blocks_are_faster(q_BHLP, S)
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q_BHLP.shape[1] != k_BJSP.shape[1]}
+    if seq.one_document and (window is None or window >= L) and not in_blocks:
+        return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, is_causal=True, **options)
     if q_BHLP.is_cuda and seq.states is None:
         block_mask = seq.shared(("blocks", window), lambda: _block_mask(seq.position_BL(L, q_BHLP.device), window))
-        return _flex_attention()(q_BHLP, k_BJSP, v_BJSP, block_mask=block_mask, scale=scale, enable_gqa=grouped)
-    mask = seq.shared(("mask", L, S, window), lambda: _mask(seq.position_BL(L, q_BHLP.device), S, window))
-    return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return _flex_attention()(q_BHLP, k_BJSP, v_BJSP, block_mask=block_mask, **options)
+    position_BL = seq.position_BL(L, q_BHLP.device)
+    mask = seq.shared(("mask", L, S, window, q_BHLP.dtype), lambda: _mask(position_BL, S, window, q_BHLP.dtype))
+    if in_blocks:
+        return _attend_in_blocks(q_BHLP, k_BJSP, v_BJSP, mask, scale)
+    return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, attn_mask=mask, **options)
 
 
-def _mask(position_BL: Tensor, S: int, window: int | None) -> Tensor:
-    """Which of S keys each of L queries sees: bool (B or 1, 1, L, S)."""
+def _blocks_are_faster(q_BHLP: Tensor, S: int) -> bool:
+    """Whether products over blocks, whose probabilities autograd keeps, beat SDPA: on a CPU, where they fit."""
+    B, H, L, _ = q_BHLP.shape
+    wide = q_BHLP.dtype in (torch.float32, torch.float64)
+    return q_BHLP.device.type == "cpu" and wide and L > 1 and B * H * L * S <= MOST_PROBABILITIES
+
+
+def _attend_in_blocks(q_BHLP: Tensor, k_BJSP: Tensor, v_BJSP: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention a block of queries at a time, without the keys after it; heads that share keys are joined."""
+    L, S = mask.shape[2:]
+    q_BJhLP = (q_BHLP * scale).unflatten(1, (k_BJSP.shape[1], -1))
+    blocks = []
+    for start in range(0, L, BLOCK_QUERIES):
+        block = slice(start, min(start + BLOCK_QUERIES, L))
+        seen = slice(S - L + block.stop)
+        q_BJhrP = q_BJhLP[:, :, :, block]
+        scores = q_BJhrP.flatten(2, 3) @ k_BJSP[:, :, seen].mT
+        scores = scores.unflatten(2, q_BJhrP.shape[2:4]) + mask[:, :, None, block, seen]
+        blocks.append((scores.softmax(-1).flatten(2, 3) @ v_BJSP[:, :, seen]).view_as(q_BJhrP))
+    return torch.cat(blocks, 3).flatten(1, 2)
+
+
+def _mask(position_BL: Tensor, S: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of L queries and S keys: 0 where a query sees a key; (B or 1, 1, L, S)."""
     L = position_BL.shape[1]
     query_L = torch.arange(S - L, S, device=position_BL.device)
     distance_LS = query_L[:, None] - torch.arange(S, device=position_BL.device)
     reach_BL = position_BL if window is None else position_BL.clamp(max=window - 1)
-    return ((distance_LS >= 0) & (distance_LS <= reach_BL[:, :, None]))[:, None]
+    hidden_BLS = (distance_LS < 0) | (distance_LS > reach_BL[:, :, None])
+    mask_BLS = torch.zeros(hidden_BLS.shape, dtype=dtype, device=hidden_BLS.device)
+    return mask_BLS.masked_fill_(hidden_BLS, -math.inf)[:, None]
 
 
 @cache

@@ -142,9 +142,8 @@ class SSMParameters(nn.Module):
         self.D: nn.Parameter | None = None if shape is None else nn.Parameter(torch.full(shape, float("nan")))
 
     def forward(self, dt_BLH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Step sizes (B, L, H), A (H,) and D from the projected dt; at least float32."""
-        dtype = torch.promote_types(dt_BLH.dtype, self.A_log.dtype)
-        dt_BLH = F.softplus(dt_BLH.to(dtype) + self.dt_bias)
+        """Step sizes (B, L, H), A (H,) and D from the projected dt; in the wider of its dtype and the parameters'."""
+        dt_BLH = F.softplus(dt_BLH + self.dt_bias)
         low, high = self.dt_limit
         if low > 0 or high < math.inf:
             dt_BLH = dt_BLH.clamp(low, high)

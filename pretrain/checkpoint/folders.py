@@ -96,7 +96,9 @@ def offering_previous(path: Path) -> Iterator[None]:
     except CheckpointDamagedError as error:
         older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
         good = next(filter(_looks_whole, reversed(older)), None)
-        offer = f"the previous good checkpoint is {good}" if good else "there is no older good checkpoint beside it"
+        offer = "there is no older good checkpoint beside it"
+        if good:
+            offer = f"the previous good checkpoint is {good}: remove {path} to go on from there"
         raise CheckpointDamagedError(f"{error}; {offer}") from error
 
 

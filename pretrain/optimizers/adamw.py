@@ -53,6 +53,7 @@ class AdamW:
             group["lr"] = self.lr * lr_scale
         self.inner.found_inf = skip  # type: ignore[attr-defined]
         self.inner.step()
+        self.inner.zero_grad()  # else these references keep the gradients in memory until the next update
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Optimizer.state`."""

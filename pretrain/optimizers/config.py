@@ -1,5 +1,6 @@
 """Which optimizer updates which parameter, and how strongly."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,8 +22,8 @@ class MuonConfig:
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
-        if self.lr <= 0:
-            found.append(f"optimizer.muon.lr={self.lr} must be positive")
+        if not 0.0 < self.lr < math.inf:
+            found.append(f"optimizer.muon.lr={self.lr} must be positive and finite")
         if not 0.0 <= self.momentum < 1.0:
             found.append(f"optimizer.muon.momentum={self.momentum} must be at least 0 and below 1")
         if self.iterations < 1:
@@ -53,12 +54,12 @@ class OptimizerConfig:
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
-        if self.lr <= 0:
-            found.append(f"optimizer.lr={self.lr} must be positive")
+        if not 0.0 < self.lr < math.inf:
+            found.append(f"optimizer.lr={self.lr} must be positive and finite")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             found.append(f"optimizer.betas={list(self.betas)} must each be at least 0 and below 1")
-        if self.eps <= 0:
-            found.append(f"optimizer.eps={self.eps} must be positive")
-        if self.weight_decay < 0:
-            found.append(f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        if not 0.0 < self.eps < math.inf:
+            found.append(f"optimizer.eps={self.eps} must be positive and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            found.append(f"optimizer.weight_decay={self.weight_decay} must be finite and not negative")
         return found + self.muon.problems()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from headrace.kernels import causal_conv1d
+from headrace.kernels import causal_conv1d, numerics
 from headrace.kernels.conv1d import causal_conv1d_reference
 
 
@@ -55,6 +55,19 @@ def test_equals_definition_in_float64(
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("K", [4, 20])
+def test_smallest_blocks_equal_definition(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "BLOCK_ELEMENTS", 1)
+    inputs = make_inputs(2, 70, 3, K)
+    x, weight, bias, state = inputs
+    reset = random_reset(2, 70, 1, 0.05)
+    actual = causal_conv1d(x, weight, bias, initial_state=state, reset=reset)
+    expected = causal_conv1d_reference(x, weight, bias, "silu", state, reset)
+    pairs = zip([*actual, *gradients(actual, inputs)], [*expected, *gradients(expected, inputs)], strict=True)
+    for a, e in pairs:
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
+
+
 def test_equals_torch_conv1d() -> None:
     x, weight, bias, _ = make_inputs(2, 30, 6, 4)
     y, final_state = causal_conv1d(x, weight, bias)
@@ -75,6 +88,19 @@ def test_two_parts_joined_by_the_state_equal_the_whole(cut: int) -> None:
     pairs = zip([*parts, *gradients(parts, inputs)], [*whole, *gradients(whole, inputs)], strict=True)
     for a, e in pairs:
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_inputs_and_output_gradients_are_left_alone(activation: str | None) -> None:
+    inputs = make_inputs(2, 40, 3, 4)
+    x, weight, bias, state = inputs
+    outputs = causal_conv1d(
+        x, weight, bias, activation=activation, initial_state=state, reset=random_reset(2, 40, 5, 0.1)
+    )
+    values = [*inputs, *(torch.ones_like(output) for output in outputs)]
+    before = [value.detach().clone() for value in values]
+    torch.autograd.grad(outputs, inputs, values[-2:])
+    assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
 
 
 def test_nothing_crosses_a_reset_not_even_nan() -> None:

@@ -91,6 +91,15 @@ def test_bfloat16_sums_in_float32() -> None:
         assert (a - e).float().norm() <= 2e-2 * e.float().norm()
 
 
+def test_bfloat16_gradients_are_scaled_exactly() -> None:
+    x, weight, target = make_inputs(20, 8, 50, dtype=torch.bfloat16)
+    loss, _ = linear_cross_entropy(x, weight, target)
+    plain = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    scaled = torch.autograd.grad(loss * (1 / 771), (x, weight))
+    for a, e in zip(scaled, plain, strict=True):
+        assert torch.equal(a, (e.float() * torch.tensor(1 / 771)).bfloat16())
+
+
 def test_no_tensor_as_large_as_all_logits() -> None:
     largest = 0
 

@@ -153,6 +153,18 @@ def test_extreme_steps_stay_finite_and_exact() -> None:
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [10.0, 1e3, 1e6, 1e12])
+def test_large_steps_cost_later_tokens_no_digits(size: float) -> None:
+    case = make_case(2, 128, H=4, P=48, G=1, N=48)  # one group, wide enough for chunks of 64
+    case.tensors[1][:, 64:80] *= size
+    single = case.to(torch.float32)
+    exact, reference, chunked = (
+        run.run(backend)[1][:, 80:].double().detach()
+        for run, backend in ((single.to(torch.float64), "reference"), (single, "reference"), (single, "chunked"))
+    )
+    assert (chunked - exact).norm() <= 2 * (reference - exact).norm()
+
+
 def test_no_decay_is_a_denormal_number() -> None:
     dt_nQH = torch.rand(3, 64, 8) * 3
     reset_nQ = torch.rand(3, 64) < 0.05

@@ -41,6 +41,14 @@ def test_compose_is_associative_and_joins_stretches(seed: int, a: int, b: int, c
     assert_same(compose(compose(third, second), first), whole)
 
 
+def test_bad_arguments_are_named() -> None:
+    x, dt, A, B, _ = make_inputs(5)
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        ssd_summary(x, dt, A, B, chunk_size=0)
+    with pytest.raises(ValueError, match="dt has shape"):
+        ssd_summary(x, dt[:, :3], A, B)
+
+
 def test_unit() -> None:
     element = summary(make_inputs(10), slice(None), None)
     unit = torch.ones_like(element[0]), torch.zeros_like(element[1])

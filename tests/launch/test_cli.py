@@ -69,6 +69,7 @@ def test_unknown_words_are_refused(arguments: list[str], capsys: pytest.CaptureF
         (["generate", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere"], "nowhere"),
         (["report", "EMPTY"], "metrics"),
+        (["report", "CONFIG"], "metrics"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -120,6 +121,14 @@ def test_torchrun_prints_one_line_for_all_ranks(config: str) -> None:
     )
     assert result.returncode != 0
     assert result.stderr.count("headrace: error:") == 1
+
+
+def test_half_an_environment_is_refused(
+    config: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", config]) == 2
+    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not" in capfd.readouterr().err
 
 
 def test_wandb_offline_writes_its_run_and_unreachable_is_one_line(config: str, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from headrace.model import LayerStates, SequenceContext
+from headrace.model.mixers import attention
 from headrace.model.mixers.attention import (
+    BLOCK_QUERIES,
     Attention,
     AttentionConfig,
     SlidingAttentionConfig,
     _block_mask,
     _mask,
     attend,
+    rotary_tables,
 )
 
 D = 12
@@ -93,8 +96,42 @@ def test_flex_attention_sees_the_same_keys(window: int | None, rows: int) -> Non
 
 def test_mask_by_hand() -> None:
     seq = SequenceContext(reset_BL=torch.tensor([[False, False, True, False]]))
-    expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
-    assert torch.equal(_mask(seq.position_BL(4, torch.device("cpu")), 4, None)[0, 0], expected)
+    seen = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+    mask = _mask(seq.position_BL(4, torch.device("cpu")), 4, None, torch.float32)
+    assert torch.equal(mask[0, 0], seen.log())
+
+
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("past", [0, 30])
+def test_blocks_of_queries_equal_sdpa(
+    window: int | None, packed: bool, past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    L = 2 * BLOCK_QUERIES + 44
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 4, L, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, past + L, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    inputs = [q, k.requires_grad_(), v.requires_grad_()]
+    reset = torch.rand(2, L, generator=generator) < 0.02 if packed else None
+    dy = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+
+    def results() -> list[Tensor]:
+        states = LayerStates()
+        states.position_B = torch.full((2,), past)
+        y = attend(*inputs, SequenceContext(reset, states if past else None), window=window, scale=0.3)
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    blocks = results()
+    monkeypatch.setattr(attention, "MOST_PROBABILITIES", 0)
+    for actual, expected in zip(blocks, results(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_long_rows_keep_no_probabilities() -> None:
+    q = torch.zeros(1, 1, 1, 8).expand(1, 64, 1 << 11, 8)
+    assert not attention._blocks_are_faster(q, 1 << 11)
+    assert attention._blocks_are_faster(q[:, :1], 1 << 11)
+    assert not attention._blocks_are_faster(q[:, :1].bfloat16(), 1 << 11)
 
 
 @torch.no_grad()
@@ -107,6 +144,14 @@ def test_a_window_keeps_only_its_keys() -> None:
     assert keys is not None
     assert keys.shape == (1, 1, 3, 6)
     assert keys.untyped_storage().nbytes() == keys.nbytes
+
+
+def test_rotary_angles_are_exact_far_into_a_document() -> None:
+    states, like = LayerStates(), torch.zeros(1)
+    states.position_B = torch.tensor([(1 << 20) + 12345])
+    cos, _ = rotary_tables(SequenceContext(states=states), 3, 32, 10000.0, like)
+    expected = [math.cos(((1 << 20) + 12347) / 10000 ** (2 * i / 32)) for i in range(16)]
+    torch.testing.assert_close(cos[0, 0, 2], torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 def test_positions_continue_in_a_stream() -> None:

@@ -95,3 +95,11 @@ def test_wrong_configurations_are_refused_in_one_line() -> None:
     assert "norm_eps=0.0" in str(error.value)
     assert "mamba2.d_conv=0" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_residual_matrices_shrink_with_the_number_of_layers() -> None:
+    model = HybridLM(ModelConfig(vocab_size=8, d_model=64, pattern="16*mlp"))
+    values = dict(model.initial_values(0))
+    hidden = values["layers.3.mixer.down_proj.weight"].shape[1]
+    assert values["layers.3.mixer.down_proj.weight"].abs().max().item() == pytest.approx(hidden**-0.5 / 4, rel=0.01)
+    assert values["embed.weight"].std().item() == pytest.approx(0.02, rel=0.1)

@@ -114,12 +114,13 @@ def test_pieces_equal_the_whole(model: HybridLM, cuts: tuple[int, ...], packed: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 3, L])
-def test_state_bytes_equal_the_states_kept(config: ModelConfig, length: int) -> None:
-    model = HybridLM(config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_equal_the_states_kept(config: ModelConfig, length: int, dtype: torch.dtype) -> None:
+    model = HybridLM(config).to(dtype)
     states = LayerStates()
     for start in range(length):
         model(draw_tokens(config, 1)[:, start : start + 1], SequenceContext(states=states))
-    assert states.num_bytes() == config.state_bytes(length, element_bytes=4)
+    assert states.num_bytes() == config.state_bytes(length, element_bytes=dtype.itemsize)
 
 
 def test_cutting_rules_fit(config: ModelConfig) -> None:

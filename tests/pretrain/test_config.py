@@ -78,6 +78,11 @@ def test_all_mistakes_are_listed_at_once(path: Path) -> None:
         ("train.steps=many", "train.steps='many' is not of type int"),
         ("train.steps=1.5", "train.steps=1.5 is not of type int"),
         ("train.compile=1", "train.compile=1 is not of type bool"),
+        ("train.clip_norm=nan", "train.clip_norm=nan is not a number"),
+        ("optimizer.lr=inf", "optimizer.lr=inf must be positive and finite"),
+        ("optimizer.eps=0", "optimizer.eps=0.0 must be positive"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must be finite and not negative"),
+        ("optimizer.muon.lr=0", "optimizer.muon.lr=0.0 must be positive and finite"),
         ("train.steps=true", "train.steps=True is not of type int"),
         ("optimizer.kind=sgd", "optimizer.kind='sgd' is not one of 'adamw', 'muon'"),
         ("optimizer.betas=[0.9]", "optimizer.betas has 1 items; it needs 2"),
@@ -89,6 +94,10 @@ def test_all_mistakes_are_listed_at_once(path: Path) -> None:
 )
 def test_wrong_values_say_what_is_wrong(path: Path, override: str, part: str) -> None:
     assert part in refusal(path, override)
+
+
+def test_one_mistake_is_named_once(path: Path) -> None:
+    assert refusal(path, "train.steps=0") == f"{path}: train.steps=0 must be at least 1"
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

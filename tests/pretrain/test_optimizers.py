@@ -124,6 +124,15 @@ def test_a_skipped_step_changes_nothing(kind: str) -> None:
     assert all(torch.equal(tensor, state_before[name]) for name, tensor in optimizer.state().items())
 
 
+def test_gradients_do_not_outlive_the_update() -> None:
+    parameters = draw(0)
+    optimizer = build("adamw", parameters)
+    for name, grad in draw(1).items():
+        parameters[name].grad = grad
+    optimizer.step(1.0, GO)
+    assert all(local.grad is None for local in optimizer.local.values())
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4), (1, 5)])
 def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, int]) -> None:
     matrix = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,11 @@ from headrace.parallel.mesh import World
 from headrace.pretrain import trainer
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
+from headrace.pretrain.metrics import Metrics
+from headrace.pretrain.run import check_compiler
 from headrace.pretrain.run_folder import open_run_folder
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import prepare_tiny, tiny_config, write_corpus
 
 MEASURED = {"seconds", "tokens_per_s"}
 
@@ -36,7 +38,7 @@ def run_expecting_refusal(config: Config) -> str:
     try:
         run_to_end(config)
     except UserError as error:
-        return str(error)
+        return str(error) if error.everywhere else "every rank would print its own"
     return "no error"
 
 
@@ -49,6 +51,11 @@ def losses(config: Config) -> list[float]:
     return [record["loss"] for record in records(config)]
 
 
+def norms(config: Config) -> list[float]:
+    """Unlike the losses after it, the norm tells when the gradient is scaled wrongly: the optimizers level that out."""
+    return [record["grad_norm"] for record in records(config)]
+
+
 def weights(config: Config) -> dict[str, torch.Tensor]:
     return load_full(latest_checkpoint(config.run.folder / "checkpoints"))
 
@@ -58,8 +65,8 @@ def rewind(config: Config, to_step: int) -> None:
     for checkpoint in (config.run.folder / "checkpoints").glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > to_step:
             shutil.rmtree(checkpoint)
-    with (config.run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
+    with (config.run.folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "st\xff')
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -109,6 +116,7 @@ def test_how_a_step_is_computed_does_not_change_it(
     config = tiny_config(tmp_path, data, "train.steps=3", *overrides)
     gloo(2, run_to_end, config)
     assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
+    assert norms(config) == pytest.approx(norms(expected), rel=1e-4)
 
 
 def test_bfloat16_is_close_to_float32(gloo: Callable, tmp_path: Path, data: Path) -> None:
@@ -127,7 +135,7 @@ def test_training_learns(gloo: Callable, tmp_path: Path, data: Path) -> None:
 
 
 def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
-    """Train while the loss of some updates is NaN on the last rank only."""
+    """Train while the loss and a gradient of some updates are NaN on the last rank only."""
     original = trainer.forward_backward
     calls = 0
 
@@ -137,6 +145,7 @@ def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
         result = original(run, batch)
         if calls in bad_steps and dist.get_rank() == dist.get_world_size() - 1:
             next(iter(run.model.parameters())).grad.to_local().fill_(float("nan"))
+            result[0].fill_(float("nan"))
         return result
 
     trainer.forward_backward = poisoned
@@ -153,8 +162,29 @@ def test_non_finite_updates_are_skipped_on_all_ranks_and_counted(gloo: Callable,
     config = tiny_config(tmp_path, data)
     assert gloo(2, run_with_nan, config, {3, 5}) == [(6, 2), (6, 2)]
     assert [r["skipped"] for r in records(config)] == [0, 0, 1, 1, 2, 2]
-    assert [r["grad_norm"] is None for r in records(config)] == [False, False, True, False, True, False]
+    for key in ("grad_norm", "loss"):
+        assert [r[key] is None for r in records(config)] == [False, False, True, False, True, False]
     assert all(tensor.isfinite().all() for tensor in weights(config).values())
+
+
+def test_skipped_updates_between_lines_are_counted_over_a_restart(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "log.every_steps=4")
+    gloo(1, run_with_nan, config, {1})
+    whole = records(config)
+    assert [(r["step"], r["skipped"]) for r in whole] == [(4, 1), (6, 1)]
+    rewind(config, 2)
+    gloo(1, run_to_end, config)
+    assert records(config) == whole
+
+
+def test_speed_is_that_of_all_updates_since_the_line_before(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "log.every_steps=4")
+    gloo(1, run_to_end, config)
+    lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+    tokens = 0
+    for line in lines[1:]:
+        assert line["tokens_per_s"] * line["seconds"] == pytest.approx(line["tokens"] - tokens)
+        tokens = line["tokens"]
 
 
 def test_a_run_that_stays_non_finite_stops(gloo: Callable, tmp_path: Path, data: Path) -> None:
@@ -180,6 +210,8 @@ def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Pa
         ("optimizer.lr=0.1", "optimizer.lr: 0.001 -> 0.1"),
         ("data.seq_len=16", "data.seq_len: 32 -> 16"),
         ("train.batch_rows=8", "train.batch_rows: 4 -> 8"),
+        ("schedule.warmup_steps=1", "schedule.warmup_steps: 2 -> 1"),
+        ("run.seed=2", "run.seed: 1 -> 2"),
     ],
 )
 def test_a_changed_run_is_not_resumed(gloo: Callable, tmp_path: Path, data: Path, override: str, part: str) -> None:
@@ -204,6 +236,75 @@ def test_a_finished_run_is_left_alone(gloo: Callable, tmp_path: Path, data: Path
     assert (config.run.folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_data_and_runs_may_be_moved(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    first = tiny_config(tmp_path, data, "train.steps=2")
+    gloo(1, run_to_end, first)
+    first.run.folder.rename(tmp_path / "moved")
+    config = tiny_config(tmp_path, shutil.copytree(data, tmp_path / "data"), "run.name=moved")
+    assert gloo(1, run_to_end, config) == [6]
+    assert [r["step"] for r in records(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: Path) -> None:
+    corpus, tokenizer = write_corpus(tmp_path / "corpus", 10), TokenizerConfig(vocab_size=320)
+    prepare(PrepareConfig(corpus=str(corpus), out=str(tmp_path / "data"), heldout_fraction=0.0, tokenizer=tokenizer))
+    assert gloo(1, run_to_end, tiny_config(tmp_path, tmp_path / "data")) == [6]
+    message = gloo(1, run_expecting_refusal, tiny_config(tmp_path, tmp_path / "data", "eval.every_steps=2"))[0]
+    assert "has no heldout documents" in message
+
+
+def test_a_damaged_checkpoint_stops_all_ranks_and_the_one_before_is_offered(
+    gloo: Callable, tmp_path: Path, data: Path
+) -> None:
+    config = tiny_config(tmp_path, data)
+    gloo(2, run_to_end, config)
+    checkpoints = config.run.folder / "checkpoints"
+    (checkpoints / "step-00000006" / "rank-00001.safetensors").unlink()
+    messages = gloo(2, run_expecting_refusal, config)
+    assert len(set(messages)) == 1
+    assert "rank-00001.safetensors is missing" in messages[0]
+    assert f"previous good checkpoint is {checkpoints / 'step-00000004'}" in messages[0]
+    shutil.rmtree(checkpoints / "step-00000006")
+    assert gloo(2, run_to_end, config) == [6, 6]
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "tokenizer.model", ".config.toml.tmp", "checkpoints/.tmp-step-00000002"]
+)
+def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, data: Path, name: str) -> None:
+    config = tiny_config(tmp_path, data)
+    in_the_way = config.run.folder / name
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch() if "/" in name else in_the_way.mkdir()
+    for message in gloo(2, run_expecting_refusal, config):
+        assert str(config.run.folder) in message
+
+
+def test_a_full_disk_is_a_users_mistake(tmp_path: Path, data: Path) -> None:
+    metrics = Metrics(tiny_config(tmp_path, data), Path("/dev/full"))
+    with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
+        metrics.start(0, 0)
+    metrics.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_compute_the_same(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    changes = ("train.steps=2", "eval.every_steps=1", "eval.window=24", "train.recompute=selective")
+    expected = tiny_config(tmp_path, data, "run.name=expected", *changes)
+    config = tiny_config(tmp_path, data, "train.compile=true", *changes)
+    gloo(1, run_to_end, expected)
+    gloo(1, run_to_end, config, timeout_s=200)
+    assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
+    scores = [[r["loss"] for r in records(c, "eval")] for c in (config, expected)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="there is no no-such-compiler"):
+        check_compiler()
+
+
 def test_other_data_under_the_same_path_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
     gloo(1, run_to_end, config)
@@ -212,8 +313,6 @@ def test_other_data_under_the_same_path_is_refused(gloo: Callable, tmp_path: Pat
     prepare(
         PrepareConfig(corpus=str(data.parent / "corpus"), out=str(moved), heldout_fraction=0.3, tokenizer=tokenizer)
     )
-    saved = config.run.folder / "config.toml"
-    saved.write_text(saved.read_text().replace(str(data), str(moved)))
     changed = tiny_config(tmp_path, moved)
     (message,) = gloo(1, run_expecting_refusal, changed)
     assert "was trained on another data order (fingerprint:" in message

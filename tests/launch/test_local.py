@@ -1,0 +1,66 @@
+"""A run over several processes ends as one: no process stays behind, and one line says why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.launch.local import LAUNCHER, run_processes
+from tiny import CONFIG, prepare_tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def start_training(folder: Path, data: Path) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own, whose two ranks have begun to train."""
+    config = folder / "tiny.toml"
+    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
+    command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2", "train.steps=99999"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    metrics = folder / "tiny" / "metrics.jsonl"
+    while not metrics.exists() or '"train"' not in metrics.read_text():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    return launcher
+
+
+@pytest.mark.parametrize(
+    ("whom", "how", "status", "line"),
+    [
+        ("group", signal.SIGINT, 130, "headrace: interrupted"),
+        ("launcher", signal.SIGTERM, 143, "headrace: ended by SIGTERM"),
+        ("rank", signal.SIGKILL, 1, "headrace: error: rank 1 was ended by SIGKILL; the system does that"),
+    ],
+)
+def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Signals, status: int, line: str) -> None:
+    launcher = start_training(tmp_path, data)
+    ranks = children(launcher.pid)
+    assert len(ranks) == 2
+    if whom == "group":
+        os.killpg(launcher.pid, how)
+    else:
+        os.kill(launcher.pid if whom == "launcher" else ranks[1], how)
+    _, error = launcher.communicate(timeout=60)
+    assert launcher.returncode == status
+    assert [said.startswith(line) for said in error.splitlines()].count(True) == 1
+    assert "Traceback" not in error
+    assert "torch" not in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_launcher_does_not_mark_its_own_process() -> None:
+    """A later command of the same process would take itself for a rank whose launcher is gone, and end."""
+    assert run_processes(["report", "nowhere"], 1) == 2
+    assert LAUNCHER not in os.environ
