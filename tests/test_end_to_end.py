@@ -67,7 +67,11 @@ def shown_commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.name, line.partition("#")[0].strip()) for line in lines if re.match(r"(torchrun .*)?headrace ", line)]
+            found += [
+                (page.name, line.partition("#")[0].strip())
+                for line in lines
+                if re.match(r"(torchrun .*)?headrace ", line)
+            ]
     return found
 
 
