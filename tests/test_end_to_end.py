@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from headrace.launch.cli import parse
 from tiny import CONFIG, write_corpus
 
@@ -80,9 +81,19 @@ def test_shown_commands_are_understood(page: str, command: str) -> None:
     words = shlex.split(command)
     options = parse(words[words.index("headrace") + 1 :])
     if config := getattr(options, "config", None):
+        processes = re.search(r"--nproc(?:-per-node)? (\d+)", command)
         from headrace.pretrain.config import load_config
 
-        load_config(ROOT / config, options.overrides)
+        load_config(ROOT / config, options.overrides, int(processes[1]) if processes else 1)
+
+
+def test_shown_tests_and_files_exist() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        shown = re.findall(r"`(?:\w+=\w+ )?pytest (\S+)[^`]*`", text) + re.findall(r"(benchmarks/\w+\.py)", text)
+        linked = [str(page.parent.relative_to(ROOT) / name) for name in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
+        for name in [*shown, *linked]:
+            assert (ROOT / name).exists(), f"{page.name} shows {name}"
 
 
 def test_shown_make_targets_exist() -> None:
