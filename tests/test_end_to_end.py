@@ -90,7 +90,7 @@ def test_shown_commands_are_understood(page: str, command: str) -> None:
 def test_shown_tests_and_files_exist() -> None:
     for page in PAGES:
         text = page.read_text()
-        shown = re.findall(r"`(?:\w+=\w+ )?pytest (\S+)[^`]*`", text) + re.findall(r"(benchmarks/\w+\.py)", text)
+        shown = re.findall(r"`(?:\w+=\w+ )?pytest ([^\s`]+)[^`]*`", text) + re.findall(r"(benchmarks/\w+\.py)", text)
         linked = [str(page.parent.relative_to(ROOT) / name) for name in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
         for name in [*shown, *linked]:
             assert (ROOT / name).exists(), f"{page.name} shows {name}"

@@ -133,8 +133,11 @@ def test_whatever_fails_leaves_nothing(
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing(small_config: Make, tmp_path: Path) -> None:
+    # A shell that started the tests in the background has them ignore SIGINT, and so would the child.
     code = f"""
+import signal
 from headrace.data import PrepareConfig, TokenizerConfig, prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)
 config = PrepareConfig(out={str(tmp_path / "out")!r}, tokenizer=TokenizerConfig(sample_bytes=2_000_000))
 prepare(config, say=lambda line: print(line, flush=True))
 """

@@ -12,7 +12,7 @@ from headrace.data import TokenDataset
 from headrace.model.lm import HybridLM
 from headrace.model.sequence import LayerStates, SequenceContext
 from headrace.parallel.mesh import World
-from headrace.pretrain.config import EvalConfig
+from headrace.pretrain.config import Config, EvalConfig
 from headrace.pretrain.evaluate import Evaluation, choose_documents, evaluate, num_windows, share_documents
 from tiny import prepare_tiny, tiny_config
 
@@ -22,15 +22,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
-def build(folder: Path, data: Path, *overrides: str) -> HybridLM:
-    model = HybridLM(tiny_config(folder, data, *overrides).model).double()
+def build(config: Config) -> HybridLM:
+    model = HybridLM(config.model).double()
     model.initialize(1)
     return model
 
 
-def run(folder: Path, data: Path, config: EvalConfig, *overrides: str) -> Evaluation:
+def run(config: Config, how: EvalConfig) -> Evaluation:
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return evaluate(build(folder, data, *overrides), TokenDataset(data, "heldout"), config, world)
+    return evaluate(build(config), TokenDataset(config.data.folder, "heldout"), how, world)
 
 
 def whole_documents(model: HybridLM, dataset: TokenDataset) -> float:
@@ -47,8 +47,8 @@ def whole_documents(model: HybridLM, dataset: TokenDataset) -> float:
 @pytest.mark.parametrize(("ranks", "window"), [(1, 10_000), (1, 7), (2, 16), (4, 33)])
 def test_neither_windows_nor_ranks_matter(gloo: Callable, tmp_path: Path, data: Path, ranks: int, window: int) -> None:
     dataset = TokenDataset(data, "heldout")
-    expected = whole_documents(build(tmp_path, data), dataset)
-    for found in gloo(ranks, run, tmp_path, data, EvalConfig(window=window)):
+    expected = whole_documents(build(tiny_config(tmp_path, data)), dataset)
+    for found in gloo(ranks, run, tiny_config(tmp_path, data), EvalConfig(window=window)):
         assert found.bits_per_byte == pytest.approx(expected, rel=1e-6)
         assert found.documents == dataset.num_documents
         assert found.tokens == dataset.num_tokens - dataset.num_documents
@@ -57,24 +57,24 @@ def test_neither_windows_nor_ranks_matter(gloo: Callable, tmp_path: Path, data: 
 
 
 def test_fewer_documents_than_ranks(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    config = EvalConfig(window=16, max_tokens=1)
-    (expected,) = gloo(1, run, tmp_path, data, config)
+    config, how = tiny_config(tmp_path, data), EvalConfig(window=16, max_tokens=1)
+    (expected,) = gloo(1, run, config, how)
     assert expected.documents == 1
-    assert all(f.loss == pytest.approx(expected.loss) for f in gloo(4, run, tmp_path, data, config))
+    assert all(f.loss == pytest.approx(expected.loss) for f in gloo(4, run, config, how))
 
 
 def test_max_keys_limits_attention_and_nothing_else(gloo: Callable, tmp_path: Path, data: Path) -> None:
     limited, full = EvalConfig(window=8, max_keys=4), EvalConfig(window=8)
-    (a,), (b,) = gloo(1, run, tmp_path, data, limited), gloo(1, run, tmp_path, data, full)
+    (a,), (b,) = (gloo(1, run, tiny_config(tmp_path, data), how) for how in (limited, full))
     assert a.loss != b.loss
-    recurrent = ("model.pattern=mamba2 mlp",)
-    (a,), (b,) = (gloo(1, run, tmp_path, data, c, *recurrent) for c in (limited, full))
+    recurrent = tiny_config(tmp_path, data, "model.pattern=mamba2 mlp")
+    (a,), (b,) = (gloo(1, run, recurrent, how) for how in (limited, full))
     assert a.loss == b.loss
 
 
 def test_keep_last_keys(tmp_path: Path, data: Path) -> None:
     states = LayerStates()
-    model = build(tmp_path, data)
+    model = build(tiny_config(tmp_path, data))
     with torch.no_grad():
         model(torch.arange(12)[None], SequenceContext(states=states))
     before = {name: tensor.clone() for name, tensor in states.layers[2].items()}
