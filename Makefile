@@ -30,7 +30,8 @@ help:
 
 train: .venv/train.done
 	$(HEADRACE) prepare
-	$(HEADRACE) train configs/quickstart.toml --nproc 2
+	$(HEADRACE) train configs/quickstart.toml --nproc 2 --until 600
+	$(HEADRACE) train configs/quickstart.toml --nproc 2  # goes on from the checkpoint
 	$(HEADRACE) eval $(RUN)
 	$(HEADRACE) export $(RUN)
 	$(HEADRACE) generate $(RUN) --prompt "def read_lines(path):" --max-new-tokens 120

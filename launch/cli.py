@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
     train.add_argument("config", help="a TOML file")
     train.add_argument("--nproc", type=int, help="start this many processes here (default: as torchrun did, else 1)")
+    train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")

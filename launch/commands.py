@@ -27,15 +27,19 @@ def prepare(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """`headrace train`: one process of a run, or with --nproc the start of several."""
+    from ..errors import UserError
     from ..pretrain.config import load_config
 
     path = Path(options.config)
+    if options.until is not None and options.until < 1:
+        raise UserError(f"--until={options.until} must be at least 1")
     if options.nproc is not None and "RANK" not in os.environ:
         from .local import check_nproc, run_processes
 
         check_nproc(options.nproc)
         load_config(path, options.overrides, options.nproc)
-        return run_processes(["train", options.config, *options.overrides], options.nproc)
+        until = [] if options.until is None else ["--until", str(options.until)]
+        return run_processes(["train", options.config, *until, *options.overrides], options.nproc)
 
     from ..parallel.mesh import start_world, stop_world
     from ..pretrain.trainer import train
@@ -45,7 +49,7 @@ def train(options: argparse.Namespace) -> int:
     config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
     world = start_world()
     try:
-        progress = train(config, world)
+        progress = train(config, world, options.until)
         if world.is_first:
             print(f"{config.run.folder}: step {progress.step}, {progress.tokens:,} tokens", file=sys.stderr)
     except RuntimeError as error:

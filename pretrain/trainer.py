@@ -28,19 +28,22 @@ class Pace:
     seconds: float = 0.0
 
 
-def train(config: Config, world: World) -> Progress:
+def train(config: Config, world: World, until: int | None = None) -> Progress:
     """Train until `config.train.steps`, from the newest checkpoint of the run folder if it has one. Collective.
+
+    With `until` it saves and stops after that step already; the next start goes on as if it had not stopped.
 
     Raises:
         UserError: for anything the user can put right.
     """
     run = build_run(config, world)
     progress, steps, clip_norm = run.progress, config.train.steps, config.train.clip_norm
+    stop = steps if until is None else min(until, steps)
     skipped_in_a_row = torch.zeros((), device=world.device)
     skipped = torch.zeros((), device=world.device)
     pace = Pace()
     try:
-        while progress.step < steps:
+        while progress.step < stop:
             started = time.perf_counter()
             loss_sum, targets = forward_backward(run, next(run.loader))
             norm = clip_gradients([p.grad for p in run.model.parameters() if p.grad is not None], clip_norm)
@@ -54,9 +57,8 @@ def train(config: Config, world: World) -> Progress:
             progress.step += 1
             progress.next_row += config.train.batch_rows
             progress.tokens += targets
-            log, save = (
-                due(progress.step, every, steps) for every in (config.log.every_steps, config.checkpoint.every_steps)
-            )
+            log = due(progress.step, config.log.every_steps, steps)
+            save = due(progress.step, config.checkpoint.every_steps, stop)
             if log or save:
                 progress.skipped += int(skipped)  # waits for the device
                 skipped.zero_()

@@ -40,6 +40,7 @@ def test_corpus_to_report(tmp_path: Path) -> None:
     assert "already there" in headrace(tmp_path, *prepare)
 
     train = ("train", "tiny.toml", "--nproc", "2", "train.steps=30", "eval.every_steps=10", "eval.window=32")
+    headrace(tmp_path, *train, "--until", "15")
     headrace(tmp_path, *train)
     run = tmp_path / "runs" / "tiny"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

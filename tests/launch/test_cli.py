@@ -60,6 +60,7 @@ def test_unknown_words_are_refused(arguments: list[str], capsys: pytest.CaptureF
         (["train", "CONFIG", "data.seq_len=100000000"], "seq_len"),
         (["train", "CONFIG", "model.vocab_size=8"], "model.vocab_size=8 is below"),
         (["train", "CONFIG", "--nproc", "0"], "--nproc=0 must be at least 1"),
+        (["train", "CONFIG", "--until", "0"], "--until=0 must be at least 1"),
         (["train", "CONFIG", "--nproc", "3"], "batch_rows=4 does not split over 3"),
         (["prepare", "--corpus", "EMPTY", "--out", "OUT"], "text"),
         (["prepare", "--corpus", "EMPTY/none", "--out", "OUT"], "none"),

@@ -85,6 +85,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(gloo: Callable, tmp_path: Path, 
     assert all(torch.equal(again[name], tensor) for name, tensor in whole_weights.items())
 
 
+def run_until(config: Config, step: int) -> int:
+    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step).step
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """It stops where neither a save nor a line is due."""
+    periods = ("checkpoint.every_steps=4", "log.every_steps=2", "eval.every_steps=2")
+    whole = tiny_config(tmp_path, data, "run.name=whole", *periods)
+    gloo(2, run_to_end, whole)
+    config = tiny_config(tmp_path, data, *periods)
+    assert gloo(2, run_until, config, 3) == [3, 3]
+    assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000003"
+    assert gloo(2, run_until, config, 2) == [3, 3]
+    assert gloo(2, run_to_end, config) == [6, 6]
+    assert records(config) == records(whole)
+    assert records(config, "eval") == records(whole, "eval")
+    again, expected = weights(config), weights(whole)
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
 def test_another_number_of_ranks_goes_on_with_the_same_data(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
     gloo(1, run_to_end, config)
