@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .sequence import SequenceContext
+
 
 class Linear(nn.Linear):
     """`nn.Linear` that starts as NaN, so that a forgotten initialisation shows at once."""
@@ -22,18 +24,20 @@ class Embedding(nn.Embedding):
         nn.init.constant_(self.weight, float("nan"))
 
 
-def joined_linear(x_BLD: Tensor, groups: tuple[tuple[nn.Linear, ...], ...]) -> tuple[Tensor, ...]:
+def join(group: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of several maps of one input as one map, their outputs side by side.
+
+    The parameters stay separate, so that each can be sharded and saved on its own.
+    """
+    if len(group) == 1:
+        return group[0].weight, group[0].bias
+    biases: list[Tensor] = [linear.bias for linear in group if linear.bias is not None]
+    return torch.cat([linear.weight for linear in group]), torch.cat(biases) if biases else None
+
+
+def joined_linear(x_BLD: Tensor, groups: tuple[tuple[nn.Linear, ...], ...], seq: SequenceContext) -> tuple[Tensor, ...]:
     """One output per group: the outputs of the group's maps side by side on the last dim. All maps share the input.
 
-    The parameters stay separate, so that each can be sharded and saved on its own. The seam through which tensor
-    parallelism gathers its input.
+    The seam through which tensor parallelism gathers its input; `seq` then tells the shape of what is gathered.
     """
-    outputs = []
-    for group in groups:
-        if len(group) == 1:
-            outputs.append(group[0](x_BLD))
-            continue
-        weight = torch.cat([linear.weight for linear in group])
-        biases: list[Tensor] = [linear.bias for linear in group if linear.bias is not None]
-        outputs.append(F.linear(x_BLD, weight, torch.cat(biases) if biases else None))
-    return tuple(outputs)
+    return tuple(F.linear(x_BLD, *join(group)) for group in groups)

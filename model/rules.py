@@ -30,11 +30,13 @@ class ShardRule:
         dim: the tensor dimension that is cut; None keeps the parameter whole on every rank.
         unit: what may not be cut apart: `heads`, `groups`, `kv_heads`, `hidden` or `vocabulary`.
         count: how many such units lie along `dim`.
+        heads: how many heads use the units, neighbours the same one; for `groups` and `kv_heads`.
     """
 
     dim: int | None
     unit: str = ""
     count: int = 1
+    heads: int = 0
 
 
 REPLICATED = ShardRule(None)

@@ -61,6 +61,15 @@ class SequenceContext:
             self._shared[key] = make()
         return self._shared[key]
 
+    def enter(self, rows: int, length: int) -> None:
+        """Note the shape of the tokens that the pass begins with."""
+        self._shared["shape"] = rows, length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and L of the pass that is going on; between layers, tensor parallelism holds only a part of its tokens."""
+        return self._shared["shape"]
+
     @property
     def one_document(self) -> bool:
         """Whether every row is one document with nothing before it, so that plain causal order says all."""

@@ -1,46 +1,103 @@
 """How a run is laid out over processes."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Exchange = Literal["auto", "chain", "doubling", "gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the mesh axes; their product is the number of processes.
+    """Degrees of the mesh axes, outermost first, whose product is the number of processes, and how each axis works.
 
     Attributes:
+        pp: pipeline stages' ranks: consecutive layers on different processes.
         dp_replicate: groups that hold a full copy of the parameters each.
-        dp_shard: processes over which one copy is sharded (FSDP2); 0 takes all that are left.
+        dp_shard: processes over which one copy is sharded (FSDP2), together with `cp`; 0 takes all that are left.
+        cp: processes that share the tokens of a row and hand each other the recurrent state.
+        tp: processes that share every matrix; between layers they share the tokens.
+        cp_layout: each process one stretch of a row, or two (the r-th and the r-th from the end), which balances
+            causal attention.
+        cp_virtual: every stretch is worked on as this many segments, on one process too.
+        cp_exchange: how recurrent states travel: neighbour to neighbour, by doubling, gathered, or what suits best.
+        cp_attention: attention layers gather keys and values, or pass them around a ring.
+        repeat_exchange: recomputation exchanges states again instead of remembering the few bytes it was given.
+        pp_schedule: order of micro-batches over the pipeline's stages.
+        pp_stages: stages each pipeline rank holds (schedules other than 1f1b; zero_bubble wants at least two).
         reshard_after_forward: free gathered parameters after a block's forward pass and gather them again in
             backward: less memory, more communication.
+        timeout_s: seconds after which a process that is not heard of ends the run.
     """
 
+    pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 0
+    cp: int = 1
+    tp: int = 1
+    cp_layout: Literal["contiguous", "zigzag"] = "contiguous"
+    cp_virtual: int = 1
+    cp_exchange: Exchange = "auto"
+    cp_attention: Literal["gather", "ring"] = "gather"
+    repeat_exchange: bool = False
+    pp_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    pp_stages: int = 1
     reshard_after_forward: bool = True
+    timeout_s: float = 600.0
+
+    @property
+    def model_ranks(self) -> int:
+        """Processes that work on the same rows together."""
+        return self.pp * self.cp * self.tp
+
+    @property
+    def num_stages(self) -> int:
+        """Stretches that the layers are cut into."""
+        return self.pp * self.pp_stages
+
+    @property
+    def num_segments(self) -> int:
+        """Segments that a row is cut into."""
+        return self.cp * self.cp_virtual * (2 if self.cp_layout == "zigzag" else 1)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every degree out of range, or, for a known `world_size`, that does not divide it."""
-        found = []
-        if self.dp_replicate < 1:
-            found.append(f"parallel.dp_replicate={self.dp_replicate} must be at least 1")
+        at_least_one = ("pp", "dp_replicate", "cp", "tp", "cp_virtual", "pp_stages")
+        found = [
+            f"parallel.{name}={getattr(self, name)} must be at least 1"
+            for name in at_least_one
+            if getattr(self, name) < 1
+        ]
         if self.dp_shard < 0:
             found.append(f"parallel.dp_shard={self.dp_shard} must be at least 1, or 0 for all that are left")
+        if not 1.0 <= self.timeout_s < 1e7:
+            found.append(f"parallel.timeout_s={self.timeout_s} must be at least 1 second; use a number such as 600")
+        if self.pp_schedule == "1f1b" and self.pp_stages > 1:
+            found.append(
+                f"parallel.pp_stages={self.pp_stages} needs a schedule that interleaves; "
+                'set pp_schedule="interleaved" or "zero_bubble", or pp_stages=1'
+            )
+        if self.pp_schedule != "1f1b" and self.pp > 1 and self.pp_stages == 1:
+            found.append(f'parallel.pp_schedule="{self.pp_schedule}" needs pp_stages of at least 2 for each rank')
         if found or world_size is None:
             return found
-        if self.dp_shard == 0 and world_size % self.dp_replicate:
-            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        fixed = self.dp_replicate * self.model_ranks
+        product = " x ".join(f"{name}={getattr(self, name)}" for name in ("pp", "dp_replicate", "cp", "tp"))
+        if self.dp_shard == 0 and world_size % fixed:
             found.append(
-                f"parallel.dp_replicate={self.dp_replicate} does not divide the {world_size} processes; "
-                f"use one of {divisors}"
+                f"parallel: {product} makes {fixed}, which does not divide the {world_size} processes; "
+                f"start a multiple of {fixed} processes or lower a degree"
             )
-        elif self.dp_shard and self.dp_replicate * self.dp_shard != world_size:
+        elif self.dp_shard and fixed * self.dp_shard != world_size:
             found.append(
-                f"parallel.dp_replicate={self.dp_replicate} x dp_shard={self.dp_shard} needs "
-                f"{self.dp_replicate * self.dp_shard} processes, but {world_size} were started; "
-                f"start that many or set dp_shard=0"
+                f"parallel: {product} x dp_shard={self.dp_shard} needs {fixed * self.dp_shard} processes, "
+                f"but {world_size} were started; start that many or set dp_shard=0"
             )
         return found
 
     def shard_degree(self, world_size: int) -> int:
-        """The number of processes one copy of the parameters is sharded over."""
-        return self.dp_shard or world_size // self.dp_replicate
+        """The degree of `dp_shard` among `world_size` processes."""
+        return self.dp_shard or world_size // (self.dp_replicate * self.model_ranks)
+
+    def data_ranks(self, world_size: int) -> int:
+        """How many different shares of a batch there are among `world_size` processes; 0 where the degrees do not fit."""
+        return 0 if self.problems(world_size) else self.dp_replicate * self.shard_degree(world_size)

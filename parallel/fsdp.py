@@ -25,7 +25,7 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
     )
     uncast = MixedPrecisionPolicy(cast_forward_inputs=False)
     reshard = config.reshard_after_forward
-    for block in model.layers:
+    for block in model.layers.values():
         for module in block.modules():
             if mixed and getattr(module, "keep_fp32", False):
                 fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=uncast)

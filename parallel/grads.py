@@ -18,7 +18,7 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         axes: tuple = ()
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
-            axes = tuple(mesh.get_group(axis) for axis, p in enumerate(gradient.placements) if p.is_shard())
+            axes = tuple(mesh.get_group(axis) for axis, p in enumerate(gradient.placements) if not p.is_replicate())
             gradient = gradient.to_local()
         groups[axes].append(gradient)
     squares = []

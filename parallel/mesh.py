@@ -68,8 +68,72 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
-def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
-    """The mesh `(dp_replicate, dp_shard)`, or `(dp_shard,)` when nothing is replicated. Collective.
+@dataclass(frozen=True)
+class Mesh:
+    """The axes of a run, and this process's place on them.
+
+    Attributes:
+        dense: `(pp, dp_replicate, fsdp, tp)`, where `fsdp` is `dp_shard` and `cp` together: parameters live here.
+        tokens: `(pp, dp_replicate, dp_shard, cp, tp)`, the same processes in the same order: tokens live here.
+    """
+
+    dense: DeviceMesh
+    tokens: DeviceMesh
+
+    def size(self, axis: str) -> int:
+        """The degree of an axis."""
+        mesh = self._with(axis)
+        return mesh.size(_axes(mesh).index(axis))
+
+    def rank(self, axis: str) -> int:
+        """This process's coordinate on an axis."""
+        return self._with(axis).get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one on an axis alone."""
+        return self._with(axis).get_group(axis)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The degree of each axis by name."""
+        return dict(zip(_axes(self.tokens), self.tokens.shape, strict=True))
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """What parameters are sharded over, and, with more than one replica, replicated over first."""
+        return self.dense["dp_replicate", "fsdp"] if self.size("dp_replicate") > 1 else self.dense["fsdp"]
+
+    @property
+    def tp(self) -> DeviceMesh:
+        """The tensor-parallel axis as a mesh of its own."""
+        return self.dense["tp"]
+
+    @property
+    def data_ranks(self) -> int:
+        """Different shares of a batch."""
+        return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this process works on."""
+        return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
+
+    @property
+    def grad_ranks(self) -> int:
+        """Processes over which the gradient of a parameter is averaged."""
+        return self.data_ranks * self.size("cp")
+
+    def _with(self, axis: str) -> DeviceMesh:
+        return self.tokens if axis in _axes(self.tokens) else self.dense
+
+
+def _axes(mesh: DeviceMesh) -> tuple[str, ...]:
+    assert mesh.mesh_dim_names is not None
+    return mesh.mesh_dim_names
+
+
+def build_mesh(config: ParallelConfig, world: World) -> Mesh:
+    """The mesh of a run. Collective.
 
     Raises:
         UserError: the degrees do not fit the number of processes.
@@ -77,8 +141,10 @@ def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     if problems := config.problems(world.size):
         raise UserError("; ".join(problems), everywhere=True)
     shard = config.shard_degree(world.size)
-    if config.dp_replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        world.device.type, (config.dp_replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    dense = {"pp": config.pp, "dp_replicate": config.dp_replicate, "fsdp": shard * config.cp, "tp": config.tp}
+    tokens = {"pp": config.pp, "dp_replicate": config.dp_replicate, "dp_shard": shard, "cp": config.cp, "tp": config.tp}
+
+    def build(degrees: dict[str, int]) -> DeviceMesh:
+        return init_device_mesh(world.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+
+    return Mesh(build(dense), build(tokens))

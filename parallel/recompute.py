@@ -32,7 +32,7 @@ def recompute_blocks(model: HybridLM, how: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in model.layers:
+    for block in model.layers.values():
         block.forward = partial(checkpoint, block.forward, **options)
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..model.lm import HybridLM
 from ..parallel.comm import do_together
-from ..parallel.fsdp import materialise, shard_model
-from ..parallel.mesh import World, build_mesh
-from ..parallel.recompute import recompute_blocks
+from ..parallel.fsdp import materialise
+from ..parallel.mesh import Mesh, World, build_mesh
+from ..parallel.spread import spread_model
 from .config import Config
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers
@@ -78,7 +77,7 @@ def build_run(config: Config, world: World) -> Run:
 def fill_run(
     config: Config,
     world: World,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     data: tuple[TokenRows, TokenDataset | None],
     folder: RunFolder | None,
 ) -> Run:
@@ -89,7 +88,7 @@ def fill_run(
     tensors = training_tensors(model, optimizers)
     facts = data_facts(config, rows.dataset)
     progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
-    record = {"layout": layout(mesh), "data": facts, "resumed_at": progress.step}
+    record = {"layout": mesh.degrees, "data": facts, "resumed_at": progress.step}
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
@@ -148,11 +147,6 @@ def data_facts(config: Config, data: TokenDataset) -> dict[str, Any]:
     }
 
 
-def layout(mesh: DeviceMesh) -> dict[str, int]:
-    """The degree of each mesh axis by name."""
-    return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-
-
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype matrices are multiplied in."""
     if config.train.precision == "auto":
@@ -167,15 +161,15 @@ def check_compiler() -> None:
         raise UserError(f"train.compile=true needs a compiler, and there is no {name}; install g++ or set CXX")
 
 
-def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> HybridLM:
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> HybridLM:
     """The sharded model with its initial values. Raises UserError where it is to be compiled without a compiler."""
     with torch.device("meta"):
         model = HybridLM(config.model)
-    recompute_blocks(model, config.train.recompute)
-    shard_model(model, mesh, config.parallel, compute_dtype(config, device))
+    dtype = compute_dtype(config, device)
+    spread_model(model, mesh, config.parallel, compute_dtype=dtype, recompute=config.train.recompute)
     materialise(model, device, config.run.seed)
     if config.train.compile:
         check_compiler()
-        for block in model.layers:
+        for block in model.layers.values():
             block.compile()
     return model

@@ -1,18 +1,47 @@
 """Linear cross-entropy, a chunk of tokens at a time: logits, probabilities and gradients share one buffer."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype
 
 
-def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool) -> Tensor:
-    """Return the loss sum of one chunk; `logits` are overwritten, by its gradient to them if asked."""
-    index = target[:, None]
+class SoftmaxSums(NamedTuple):
+    """What the loss of tokens needs of their logits, `(T, 1)` each: the largest, the sum of `exp(logit - largest)`, and
+    the target's logit, 0 where it is not among them."""
+
+    peak: Tensor
+    total: Tensor
+    chosen: Tensor
+
+
+Combine = Callable[[SoftmaxSums], SoftmaxSums]
+
+
+def _loss_of_chunk(
+    logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool, combine: Combine | None
+) -> Tensor:
+    """Return the loss sum of one chunk; `logits` are overwritten, by its gradient to them if asked.
+
+    With `combine`, which adds the sums of the logits kept elsewhere, a target may lie outside these.
+    """
+    index, here = target[:, None], None
+    if combine is not None:
+        here = (index >= 0) & (index < logits.shape[1])
+        index = index.masked_fill(~here, 0)
     chosen = logits.gather(1, index)
     peak = logits.amax(1, keepdim=True)
     weights = logits.sub_(peak).exp_()
     total = weights.sum(1, keepdim=True)
+    target_weight = -counted
+    if combine is not None and here is not None:
+        own_peak = peak
+        peak, total, chosen = combine(SoftmaxSums(peak, total, chosen.masked_fill(~here, 0.0)))
+        weights.mul_((own_peak - peak).exp())
+        target_weight = target_weight * here
     log_total = total.log().add_(peak)
     loss = log_total - chosen
     if z_loss:
@@ -21,7 +50,7 @@ def _loss_of_chunk(logits: Tensor, target: Tensor, counted: Tensor, z_loss: floa
         scale = counted / total
         if z_loss:
             scale = scale * (1 + 2 * z_loss * log_total)
-        weights.mul_(scale).scatter_add_(1, index, -counted)
+        weights.mul_(scale).scatter_add_(1, index, target_weight)
     return (loss * counted).sum()
 
 
@@ -34,10 +63,14 @@ def linear_cross_entropy_forward(
     z_loss: float,
     grad_x: bool,
     grad_weight: bool,
+    *,
+    first_row: int = 0,
+    combine: Combine | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss sum, the number of targets, and the gradients of the sum to `x` and `weight`, empty if not asked.
 
-    Arguments otherwise as in `linear_cross_entropy`.
+    `weight` may be a part of a head, from `first_row` on; `combine` then joins the parts' sums. Arguments otherwise as
+    in `linear_cross_entropy`.
     """
     dtype = compute_dtype(x_TD)
     loss_sum = x_TD.new_zeros((), dtype=dtype)
@@ -49,8 +82,8 @@ def linear_cross_entropy_forward(
         x, target = x_TD[part], target_T[part]
         counted = target != ignore_index
         logits = (x @ weight_VD.t()).to(dtype)
-        target = target.masked_fill(~counted, 0)
-        loss_sum += _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight)
+        target = target.masked_fill(~counted, 0) - first_row
+        loss_sum += _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight, combine)
         dlogits = logits.to(x.dtype)
         if grad_x:
             torch.mm(dlogits, weight_VD, out=dx_TD[part])

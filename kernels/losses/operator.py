@@ -43,13 +43,18 @@ def linear_cross_entropy(
         shapes = tuple(x_TD.shape), tuple(weight_VD.shape), tuple(target_T.shape)
         raise ValueError(f"x, weight and target have shapes {shapes}; give (T, D), (V, D), (T,)")
     if chunk_size is None:
-        logits = CPU_CHUNK_LOGITS if x_TD.device.type == "cpu" else GPU_CHUNK_LOGITS
-        chunk_size = max(128, logits // weight_VD.shape[0])
+        chunk_size = tokens_at_a_time(x_TD, weight_VD.shape[0])
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not positive; leave it out when in doubt")
     options = (ignore_index, chunk_size, z_loss, needs_gradient(x_TD), needs_gradient(weight_VD))
     loss_sum, num_targets, _, _ = _loss(x_TD, weight_VD, target_T, *options)
     return loss_sum, num_targets
+
+
+def tokens_at_a_time(x_TD: Tensor, rows: int) -> int:
+    """How many tokens' logits over `rows` rows of a head exist at a time on the device of `x`."""
+    logits = CPU_CHUNK_LOGITS if x_TD.device.type == "cpu" else GPU_CHUNK_LOGITS
+    return max(128, logits // rows)
 
 
 @torch.library.custom_op("headrace::linear_cross_entropy", mutates_args=())

@@ -96,6 +96,17 @@ def _output_of_block(
     chunks: Chunks, decays: Decays, states: Tensor, D: Tensor | None, block: slice, y_nQHP: Tensor
 ) -> None:
     """Write the outputs of a block of chunks into `y_nQHP`."""
+    before = _from_states(chunks, states, block)
+    y = working_copy(y_nQHP, before.dtype)
+    torch.mul(before, decays.into_nQH[block][..., None], out=y)
+    y.addcmul_(_from_chunk(chunks, decays, block), decays.fix_row_nQH[block][..., None])
+    if D is not None:
+        y.addcmul_(chunks.x_nQHP[block].to(y.dtype), D.to(y.dtype).view(y.shape[2], -1))
+    store(y_nQHP, y)
+
+
+def _from_chunk(chunks: Chunks, decays: Decays, block: slice) -> Tensor:
+    """What tokens get from their own chunks, `(n, Q, H, P)`, but for `fix_row`."""
     x_nQHP, dt_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block]
     n, Q, H, P = x_nQHP.shape
     B_mQN, C_mQN = chunks.projections(block)
@@ -103,10 +114,44 @@ def _output_of_block(
     scores = decay_matrix(decays, block)
     scores.view(n * G, -1, Q, Q).mul_(torch.bmm(C_mQN, B_mQN.mT).mul_(decays.visible(block, G))[:, None])
     within = torch.bmm(scores.view(n * H, Q, Q), scale_by_head(x_nQHP, dt_nQH * decays.fix_col_nQH[block]))
-    before = torch.bmm(C_mQN, states[block].view(n * G, -1, H // G * P))
-    y = working_copy(y_nQHP, before.dtype)
-    torch.mul(group_to_tokens(before, n, H), decays.into_nQH[block][..., None], out=y)
-    y.addcmul_(within.view(n, H, Q, P).transpose(1, 2), decays.fix_row_nQH[block][..., None])
-    if D is not None:
-        y.addcmul_(x_nQHP.to(y.dtype), D.to(y.dtype).view(H, -1))
-    store(y_nQHP, y)
+    return within.view(n, H, Q, P).transpose(1, 2)
+
+
+def _from_states(chunks: Chunks, states: Tensor, block: slice) -> Tensor:
+    """What tokens get from the states entering their chunks, `(n, Q, H, P)`, but for the decay on the way."""
+    n, _, H, P = chunks.x_nQHP[block].shape
+    _, C_mQN = chunks.projections(block)
+    G = C_mQN.shape[0] // n
+    return group_to_tokens(torch.bmm(C_mQN, states[block].view(n * G, -1, H // G * P)), n, H)
+
+
+def output_within_chunks(chunks: Chunks, decays: Decays, D: Tensor | None) -> Tensor:
+    """What tokens get from their own chunks and from `D x`, `(n, Q, H, P)` in the dtype of sums."""
+    y_nQHP = chunks.dt_nQH.new_empty(chunks.x_nQHP.shape)
+    for block in chunks.blocks():
+        y = torch.mul(_from_chunk(chunks, decays, block), decays.fix_row_nQH[block][..., None], out=y_nQHP[block])
+        if D is not None:
+            y.addcmul_(chunks.x_nQHP[block].to(y.dtype), D.to(y.dtype).view(y.shape[2], -1))
+    return y_nQHP
+
+
+def add_output_of_states(chunks: Chunks, decays: Decays, states: Tensor, y_nQHP: Tensor) -> None:
+    """Add what tokens get from the states entering their chunks."""
+    for block in chunks.blocks():
+        y_nQHP[block].addcmul_(_from_states(chunks, states, block), decays.into_nQH[block][..., None])
+
+
+def add_entering_state(
+    chunks: Chunks, decays: Decays, states: Tensor, state_BHPN: Tensor | None, *, reverse: bool = False
+) -> None:
+    """Add to the chunks' states what a state that enters each row leaves at them; in reverse, one from its end."""
+    if state_BHPN is None:
+        return
+    rows, per_row = chunks.num_rows, chunks.per_row
+    through = decays.through_nH.unflatten(0, (rows, per_row))
+    through = through.flip(1) if reverse else through
+    reaching = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1].cumprod(1)], 1)
+    reaching = reaching.flip(1) if reverse else reaching
+    G, h = states.shape[1], states.shape[3]
+    carry = states_to_groups(state_BHPN, states, rows)
+    states.unflatten(0, (rows, per_row)).addcmul_(carry[:, None], reaching.view(rows, per_row, G, 1, h, 1))

@@ -64,7 +64,7 @@ def ssd_chunked_backward(
     decays = compute_decays(chunks.dt_nQH, A_H, chunks.reset_nQ)
     if states is None:
         states, _ = states_entering_chunks(chunks, decays, initial_state)
-    grads = _empty_gradients(chunks)
+    grads = empty_gradients(chunks)
     dy_nQHP = None if dy_BLHP is None else cut(dy_BLHP, chunks.x_nQHP.shape[1])
     dstates = torch.empty_like(states)
     if dy_nQHP is None:
@@ -72,14 +72,14 @@ def ssd_chunked_backward(
         grads.C_nGQN.zero_()
     else:
         for block in chunks.blocks():
-            _through_entering_states(chunks, decays, states, dstates, dy_nQHP[block], block, grads)
+            through_entering_states(chunks, decays, states, dstates, dy_nQHP[block], block, grads)
     carry = states_to_groups(dfinal_BHPN, states, chunks.num_rows)
     carry = scan_in_place(dstates, decays.through_nH, carry, chunks.per_row, reverse=True)
     for block in chunks.blocks():
-        _through_leaving_states(chunks, decays, states, dstates, block, grads)
+        through_leaving_states(chunks, decays, states, dstates, block, grads)
         if dy_nQHP is not None:
-            _within_chunks(chunks, decays, D, dy_nQHP[block], block, grads)
-    ddt_nQH, dA_H = _through_decays(chunks, decays, A_H, grads)
+            within_chunks(chunks, decays, D, dy_nQHP[block], block, grads)
+    ddt_nQH, dA_H = through_decays(chunks, decays, A_H, grads)
     dC = None if C is None else join_chunks(grads.C_nGQN.transpose(1, 2), C)
     dD = None if D is None else (grads.D_HP if D.dim() == 2 else grads.D_HP.sum(1)).to(D.dtype)
     dinitial = states_from_groups(carry).to(carry.dtype if initial_state is None else initial_state.dtype)
@@ -87,13 +87,15 @@ def ssd_chunked_backward(
     return join_chunks(grads.x_nQHP, x), join_chunks(ddt_nQH, dt), dA_H.to(A_H.dtype), dB, dC, dD, dinitial
 
 
-def _empty_gradients(chunks: Chunks) -> Gradients:
+def empty_gradients(chunks: Chunks, *, zero: bool = False) -> Gradients:
+    """Gradients to be filled in; with `zero`, those of `x, dt, B` begin at zero, so that they may be added to first."""
     like = chunks.dt_nQH
     n, Q, H, P = chunks.x_nQHP.shape
+    begin = torch.zeros_like if zero else torch.empty_like
     return Gradients(
-        x_nQHP=like.new_empty(n, Q, H, P),
-        dt_nQH=torch.empty_like(like),
-        B_nGQN=torch.empty_like(chunks.B_nGQN),
+        x_nQHP=begin(chunks.x_nQHP, dtype=like.dtype, memory_format=torch.contiguous_format),
+        dt_nQH=begin(like),
+        B_nGQN=begin(chunks.B_nGQN),
         C_nGQN=torch.empty_like(chunks.B_nGQN),
         D_HP=like.new_zeros(H, P),
         flow_in_nQH=torch.zeros_like(like, dtype=torch.float64),
@@ -102,7 +104,7 @@ def _empty_gradients(chunks: Chunks) -> Gradients:
     )
 
 
-def _through_entering_states(
+def through_entering_states(
     chunks: Chunks, decays: Decays, states: Tensor, dstates: Tensor, dy_nQHP: Tensor, block: slice, grads: Gradients
 ) -> None:
     """Fill in what the states entering a block's chunks get from the outputs, and C through them."""
@@ -117,26 +119,41 @@ def _through_entering_states(
     torch.mul(output.mul_(dy_nQHP).sum(-1), into_nQH, out=grads.flow_in_nQH[block])
 
 
-def _through_leaving_states(
-    chunks: Chunks, decays: Decays, states: Tensor, dstates: Tensor, block: slice, grads: Gradients
+def through_leaving_states(
+    chunks: Chunks,
+    decays: Decays,
+    states: Tensor,
+    dstates: Tensor,
+    block: slice,
+    grads: Gradients,
+    *,
+    add: bool = False,
 ) -> None:
-    """Fill in what a block's tokens get from the states leaving their chunks."""
+    """Fill in, or `add`, what a block's tokens get from the states leaving their chunks."""
     x_nQHP, dt_nQH, out_nQH = chunks.x_nQHP[block], chunks.dt_nQH[block], decays.out_nQH[block]
     n, _, H, _ = x_nQHP.shape
     weight_nQH = dt_nQH * out_nQH
     dstates_mNR = dstates[block].flatten(3).flatten(0, 1)
     weighted_mQR = scale_by_group(x_nQHP, weight_nQH, dstates.shape[1])
-    torch.bmm(weighted_mQR, dstates_mNR.mT, out=grads.B_nGQN[block].flatten(0, 1))
+    dB_mQN = grads.B_nGQN[block].flatten(0, 1)
+    torch.baddbmm(dB_mQN, weighted_mQR, dstates_mNR.mT, beta=int(add), out=dB_mQN)
     dinflow = group_to_tokens(torch.bmm(chunks.B_nGQN[block].flatten(0, 1), dstates_mNR), n, H)
-    torch.mul(dinflow, weight_nQH[..., None], out=grads.x_nQHP[block])
+    dx_nQHP, ddt_nQH = grads.x_nQHP[block], grads.dt_nQH[block]
+    if add:
+        dx_nQHP.addcmul_(dinflow, weight_nQH[..., None])
+    else:
+        torch.mul(dinflow, weight_nQH[..., None], out=dx_nQHP)
     along_x_nQH = dinflow.mul_(x_nQHP).sum(-1)
-    torch.mul(along_x_nQH, out_nQH, out=grads.dt_nQH[block])
+    if add:
+        ddt_nQH.addcmul_(along_x_nQH, out_nQH)
+    else:
+        torch.mul(along_x_nQH, out_nQH, out=ddt_nQH)
     torch.mul(along_x_nQH, weight_nQH, out=grads.flow_out_nQH[block])
     kept_nH = (states[block] * dstates[block]).sum((2, 4)).flatten(1)
     torch.mul(kept_nH, decays.through_nH[block], out=grads.flow_through_nH[block])
 
 
-def _within_chunks(
+def within_chunks(
     chunks: Chunks, decays: Decays, D: Tensor | None, dy_nQHP: Tensor, block: slice, grads: Gradients
 ) -> None:
     """Add what a block's tokens get from the outputs of their own chunks."""
@@ -167,7 +184,7 @@ def _within_chunks(
         grads.D_HP.add_((dy_nQHP * x_nQHP).sum((0, 1)))
 
 
-def _through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
+def through_decays(chunks: Chunks, decays: Decays, A_H: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
     """Turn flows into gradients of step sizes, `(n, Q, H)`, and of `A`, float64 until the last step."""
     dlog_nQH = decays.sees_nQQ.mT @ grads.flow_in_nQH
     dlog_nQH += decays.sees_nQQ.tril(-1) @ grads.flow_out_nQH.double()

@@ -87,7 +87,7 @@ class MLP(nn.Module):
     def forward(self, x_BLD: Tensor, seq: SequenceContext) -> Tensor:
         """Map each token on its own; `seq` is not used."""
         if self.gate_proj is not None:
-            gate, up = self.project(x_BLD, ((self.gate_proj,), (self.up_proj,)))
+            gate, up = self.project(x_BLD, ((self.gate_proj,), (self.up_proj,)), seq)
             return self.down_proj(swiglu(gate, up))
-        (up,) = self.project(x_BLD, ((self.up_proj,),))
+        (up,) = self.project(x_BLD, ((self.up_proj,),), seq)
         return self.down_proj(F.relu(up).square() if self.activation == "relu2" else F.gelu(up))

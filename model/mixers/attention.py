@@ -143,7 +143,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(d_model, keys, config.bias)
         self.v_proj = Linear(d_model, keys, config.bias)
         self.out_proj = Linear(queries, d_model, config.bias)
-        heads, kv_heads = ShardRule(0, "heads", config.num_heads), ShardRule(0, "kv_heads", config.kv_heads)
+        heads = ShardRule(0, "heads", config.num_heads)
+        kv_heads = ShardRule(0, "kv_heads", config.kv_heads, config.num_heads)
         self.parameter_rules = {
             "out_proj.weight": ParameterRule(
                 UniformFanIn(residual=True), "matrix", ShardRule(1, "heads", config.num_heads)
@@ -158,8 +159,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, seq: SequenceContext) -> Tensor:
         """Attend within documents; reads and extends the layer's `keys` and `values` when there are states."""
-        B, L, _ = x_BLD.shape
-        projected = self.project(x_BLD, ((self.q_proj,), (self.k_proj,), (self.v_proj,)))
+        projected = self.project(x_BLD, ((self.q_proj,), (self.k_proj,), (self.v_proj,)), seq)
+        B, L, _ = projected[0].shape
         q, k, v = (part.view(B, L, -1, self.head_dim).transpose(1, 2) for part in projected)
         if self.rope_dims:
             cos, sin = rotary_tables(seq, L, self.rope_dims, self.rope_theta, x_BLD)
@@ -213,7 +214,8 @@ def attend(
     if seq.one_document and (window is None or window >= L) and not in_blocks:
         return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, is_causal=True, **options)
     if q_BHLP.is_cuda and seq.states is None:
-        block_mask = seq.shared(("blocks", window), lambda: _block_mask(seq.position_BL(L, q_BHLP.device), window))
+        position_BL = seq.position_BL(L, q_BHLP.device)
+        block_mask = seq.shared(("blocks", S, window), lambda: _block_mask(position_BL, S, window))
         return _flex_attention()(q_BHLP, k_BJSP, v_BJSP, block_mask=block_mask, **options)
     position_BL = seq.position_BL(L, q_BHLP.device)
     mask = seq.shared(("mask", L, S, window, q_BHLP.dtype), lambda: _mask(position_BL, S, window, q_BHLP.dtype))
@@ -262,13 +264,14 @@ def _flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _block_mask(position_BL: Tensor, window: int | None) -> Any:
+def _block_mask(position_BL: Tensor, S: int, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, L = position_BL.shape
     reach_BL = position_BL if window is None else position_BL.clamp(max=window - 1)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query - key <= reach_BL[b, query])
+        distance = query + (S - L) - key
+        return (distance >= 0) & (distance <= reach_BL[b, query])
 
-    return create_block_mask(visible, rows if rows > 1 else None, None, L, L, device=str(position_BL.device))
+    return create_block_mask(visible, rows if rows > 1 else None, None, L, S, device=str(position_BL.device))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,31 @@ class SSMParameters(nn.Module):
         return dt_BLH, -self.A_log.exp(), None if self.D is None else self.D.clone()
 
 
+class ScanInputs(NamedTuple):
+    """What the SSD recurrence of a layer is given; shapes as in `ssd_scan`."""
+
+    x_BLHP: Tensor
+    dt_BLH: Tensor
+    A_H: Tensor
+    B_BLGN: Tensor
+    C_BLGN: Tensor
+    D: Tensor | None
+
+
+def convolve(
+    x_BLF: Tensor, weight_FK: Tensor, bias_F: Tensor | None, past: Tensor | None, seq: SequenceContext, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution of layer number `layer` over tokens that this process holds from first to last."""
+    return causal_conv1d(x_BLF, weight_FK, bias_F, activation="silu", initial_state=past, reset=seq.reset_BL)
+
+
+def scan(
+    inputs: ScanInputs, chunk_size: int, past: Tensor | None, seq: SequenceContext, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence of layer number `layer` over tokens that this process holds from first to last."""
+    return ssd_scan(*inputs, chunk_size=chunk_size, initial_state=past, reset=seq.reset_BL)
+
+
 class Mamba2(nn.Module):
     """The Mamba-2 mixer. `scan`, `conv` and `project` are seams: parallelism sets other callables there."""
 
@@ -175,13 +200,14 @@ class Mamba2(nn.Module):
             self.norm = GatedRMSNorm(inner, norm_eps, group_size=group_size, norm_before_gate=config.norm_before_gate)
         self.out_proj = Linear(inner, d_model, config.bias)
         self.parameter_rules = _parameter_rules(config, H)
-        self.scan = ssd_scan
-        self.conv = causal_conv1d
+        self.scan = scan
+        self.conv = convolve
         self.project = joined_linear
 
     def forward(self, x_BLD: Tensor, seq: SequenceContext) -> Tensor:
         """Mix along L within documents; reads and replaces the layer's `ssd` and `conv` states when there are any."""
-        z_BLI, xBC_BLF, dt_BLH = self.project(x_BLD, ((self.in_z,), (self.in_x, self.in_B, self.in_C), (self.in_dt,)))
+        groups = ((self.in_z,), (self.in_x, self.in_B, self.in_C), (self.in_dt,))
+        z_BLI, xBC_BLF, dt_BLH = self.project(x_BLD, groups, seq)
         dt_BLH, A_H, D = self.ssm(dt_BLH)
         x_BLHP, B_BLGN, C_BLGN = self._convolve(xBC_BLF, seq)
         y_BLHP = self._scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, seq)
@@ -194,15 +220,9 @@ class Mamba2(nn.Module):
         weight_FK = torch.cat([tap.weight for tap in taps])
         biases: list[Tensor] = [tap.bias for tap in taps if tap.bias is not None]
         past = None if seq.states is None else seq.states.get(self.layer_index, "conv")
-        out_BLF, last = self.conv(
-            xBC_BLF,
-            weight_FK,
-            torch.cat(biases) if biases else None,
-            activation="silu",
-            initial_state=past,
-            reset=seq.reset_BL,
-        )
-        if seq.states is not None:
+        bias_F = torch.cat(biases) if biases else None
+        out_BLF, last = self.conv(xBC_BLF, weight_FK, bias_F, past, seq, self.layer_index)
+        if seq.states is not None and last is not None:
             seq.states.put(self.layer_index, conv=last)
         x_BLI, B_BLS, C_BLS = out_BLF.split([tap.weight.shape[0] for tap in taps], dim=-1)
         return (
@@ -221,6 +241,7 @@ class Mamba2(nn.Module):
         D: Tensor | None,
         seq: SequenceContext,
     ) -> Tensor:
+        last: Tensor | None
         past = None if seq.states is None else seq.states.get(self.layer_index, "ssd")
         if past is not None and x_BLHP.shape[1] == 1 and not torch.is_grad_enabled():
             if seq.reset_BL is not None:
@@ -228,25 +249,16 @@ class Mamba2(nn.Module):
             y_BHP, last = ssd_step(past, x_BLHP[:, 0], dt_BLH[:, 0], A_H, B_BLGN[:, 0], C_BLGN[:, 0], D)
             y_BLHP = y_BHP[:, None]
         else:
-            y_BLHP, last = self.scan(
-                x_BLHP,
-                dt_BLH,
-                A_H,
-                B_BLGN,
-                C_BLGN,
-                D,
-                chunk_size=self.chunk_size,
-                initial_state=past,
-                reset=seq.reset_BL,
-            )
-        if seq.states is not None:
+            inputs = ScanInputs(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D)
+            y_BLHP, last = self.scan(inputs, self.chunk_size, past, seq, self.layer_index)
+        if seq.states is not None and last is not None:
             seq.states.put(self.layer_index, ssd=last)
         return y_BLHP
 
 
 def _parameter_rules(config: Mamba2Config, num_heads: int) -> dict[str, ParameterRule]:
     heads = ShardRule(0, "heads", num_heads)
-    groups = ShardRule(0, "groups", config.num_groups)
+    groups = ShardRule(0, "groups", config.num_groups, num_heads)
     rules = {
         "ssm.A_log": ParameterRule(LogOfUniform(*config.A_range), "ssm", heads),
         "ssm.dt_bias": ParameterRule(StepSizeBias(config.dt_min, config.dt_max, config.dt_floor), "ssm", heads),

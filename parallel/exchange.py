@@ -1,0 +1,223 @@
+"""Passing recurrent states along a sequence whose segments lie on several ranks: exclusive scans of affine maps.
+
+Given every segment's summary `(M, S)`, each segment gets the state that enters it, the composition of all summaries
+before it applied to nothing. In reverse, with adjoint `M`, the same scan carries gradients from the last segment to the
+first. Bytes sent do not depend on the number of tokens. With n runs of segments (a run lies on one rank and needs no
+message inside) and S the bytes of a state:
+
+- `chain`: each run sends its outgoing state to the next, n - 1 hops; a rank sends S a run, the least possible.
+- `doubling`: ceil(log2 n) rounds (Hillis and Steele 1986, made exclusive); a rank sends S + M a run and round.
+- `gather`: one all-gather of all summaries, (n - 1) (S + M); each rank composes what comes before it.
+"""
+
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.affine import Transition
+from .comm import Message, finish, gather_stack, start_messages
+from .config import Exchange
+from .layout import SequenceLayout
+
+# What a hop and a byte cost between processes of one machine and of several, for `choose`: seconds.
+HOP_S = 20e-6
+BYTE_S = {"inside": 1 / 100e9, "across": 1 / 20e9}
+
+# A summary; M is None where nothing can reach it any more.
+Summary = tuple[Tensor, Tensor]
+
+
+def choose(num_runs: int, state_bytes: int, ranks_inside: int | None = None) -> Exchange:
+    """The exchange that takes the least time for `num_runs` runs, on machines of `ranks_inside` processes each."""
+    inside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks_inside is None else ranks_inside
+    byte_s = BYTE_S["inside" if inside >= num_runs else "across"] * state_bytes
+    hops = num_runs - 1
+    seconds: dict[Exchange, float] = {
+        "chain": hops * (HOP_S + byte_s),
+        "doubling": hops.bit_length() * (HOP_S + byte_s),
+        "gather": HOP_S + hops * byte_s,
+    }
+    return min(seconds, key=lambda name: seconds[name])
+
+
+@dataclass(frozen=True)
+class StateExchange:
+    """The exclusive scan over the segments of a layout; every rank of `group` calls it alike.
+
+    Args:
+        layout: which rank holds which segment.
+        group: the ranks of the context-parallel axis.
+        how: `chain`, `doubling`, `gather`, or `auto` by `choose`.
+        transition: how the operator's `M` acts.
+    """
+
+    layout: SequenceLayout
+    group: dist.ProcessGroup
+    how: Exchange
+    transition: Transition
+
+    def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> "Running":
+        """Begin with the summaries of this rank's segments, in order; see `kernels/ssd/segmented.py`."""
+        scan = _Scan(self, dist.get_rank(self.group), M, S, reverse)
+        return Running(scan.run(), S[0])
+
+
+class Running:
+    """An exchange whose first messages are under way; on CUDA all of it, on a stream of its own."""
+
+    def __init__(self, steps: Generator[None, None, list[Tensor | None]], like: Tensor) -> None:
+        self._steps = steps
+        self._arrived: list[Tensor | None] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if like.is_cuda:
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._finish()
+        else:
+            self._step()
+
+    def wait(self) -> list[Tensor | None]:
+        """The state that arrives at each of this rank's segments, None where nothing does."""
+        self._finish()
+        assert self._arrived is not None
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            for state in self._arrived:
+                if state is not None:
+                    state.record_stream(torch.cuda.current_stream())
+        return self._arrived
+
+    def _step(self) -> None:
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._arrived = end.value
+
+    def _finish(self) -> None:
+        while self._arrived is None:
+            self._step()
+
+
+class _Scan:
+    """One exchange on one rank. Runs are numbered in the order in which the state travels."""
+
+    def __init__(self, exchange: StateExchange, rank: int, M: list[Tensor], S: list[Tensor], reverse: bool) -> None:
+        self.group, self.transition, self.rank = exchange.group, exchange.transition, rank
+        layout = exchange.layout
+        own = {s: i for i, s in enumerate(layout.of_rank(rank))}
+        runs = [list(run) for run in layout.runs]
+        if reverse:
+            M = [self.transition.adjoint(m) for m in M]
+            runs = [run[::-1] for run in reversed(runs)]
+        self.owners = [layout.owners[run[0]] for run in runs]
+        self.segments = {i: [own[s] for s in run] for i, run in enumerate(runs) if self.owners[i] == rank}
+        self.M, self.S = M, S
+        self.how = exchange.how
+        if self.how == "auto":
+            self.how = choose(len(runs), S[0].nbytes)
+
+    def run(self) -> Generator[None, None, list[Tensor | None]]:
+        """Yields while messages are under way; returns what arrives at each of this rank's segments."""
+        scan = {"chain": self._chain, "doubling": self._doubling, "gather": self._gather}[self.how]
+        arriving = yield from scan()
+        found: list[Tensor | None] = [None] * len(self.S)
+        for run, state in arriving.items():
+            for segment in self.segments[run]:
+                found[segment] = state
+                state = self._through(segment, state)
+        return found
+
+    def _through(self, segment: int, state: Tensor | None) -> Tensor:
+        """What leaves a segment that a state enters."""
+        return self.S[segment] if state is None else self.transition.apply(self.M[segment], state) + self.S[segment]
+
+    def _summary(self, run: int) -> Summary:
+        first, *rest = self.segments[run]
+        summary = self.M[first], self.S[first]
+        for segment in rest:
+            summary = self.transition.compose((self.M[segment], self.S[segment]), summary)
+        return summary
+
+    def _chain(self) -> Generator[None, None, dict[int, Tensor | None]]:
+        arriving: dict[int, Tensor | None] = {}
+        for run, segments in self.segments.items():
+            state: Tensor | None = None
+            if run > 0:
+                state = torch.empty_like(self.S[0], memory_format=torch.contiguous_format)
+                works = start_messages([], [(self.owners[run - 1], state)], self.group)
+                yield
+                finish(works)
+            arriving[run] = state
+            if run + 1 < len(self.owners):
+                for segment in segments:
+                    state = self._through(segment, state)
+                assert state is not None
+                finish(start_messages([(self.owners[run + 1], state)], [], self.group))
+        return arriving
+
+    def _doubling(self) -> Generator[None, None, dict[int, Tensor | None]]:
+        """After round k a run's `window` holds 2^(k+1) runs up to its own, `before` those of them before it."""
+        window = {run: self._summary(run) for run in self.segments}
+        before: dict[int, Summary | None] = dict.fromkeys(self.segments)
+        num_runs, reach = len(self.owners), 1
+        while reach < num_runs:
+            last = reach * 2 >= num_runs
+            sends: list[Message] = []
+            receives: list[Message] = []
+            arrived: dict[int, Tensor] = {}
+            for run in range(num_runs - reach):
+                source, target = self.owners[run], self.owners[run + reach]
+                if source == self.rank:
+                    packed = _pack(window[run], only_state=last)
+                    if target == self.rank:
+                        arrived[run + reach] = packed
+                    else:
+                        sends.append((target, packed))
+                elif target == self.rank:
+                    arrived[run + reach] = torch.empty_like(_pack(window[run + reach], only_state=last))
+                    receives.append((source, arrived[run + reach]))
+            works = start_messages(sends, receives, self.group)
+            yield
+            finish(works)
+            for run, packed in arrived.items():
+                earlier = _unpack(packed, window[run], only_state=last)
+                later = before[run]
+                before[run] = earlier if later is None else self.transition.compose(later, earlier)
+                window[run] = self.transition.compose(window[run], earlier)
+            reach *= 2
+        return {run: None if summary is None else summary[1] for run, summary in before.items()}
+
+    def _gather(self) -> Generator[None, None, dict[int, Tensor | None]]:
+        own = [_pack(self._summary(run)) for run in self.segments]
+        most = max(self.owners.count(rank) for rank in self.owners)
+        own += [torch.zeros_like(own[0])] * (most - len(own))
+        all_runs = gather_stack(torch.stack(own), self.group)
+        yield
+        place = {rank: iter(range(rank * most, (rank + 1) * most)) for rank in self.owners}
+        like = self.M[0], self.S[0]
+        arriving: dict[int, Tensor | None] = {}
+        state: Tensor | None = None
+        for run, owner in enumerate(self.owners):
+            if run in self.segments:
+                arriving[run] = state
+            M, S = _unpack(all_runs[next(place[owner])], like)
+            state = S if state is None else self.transition.apply(M, state) + S
+        return arriving
+
+
+def _pack(summary: Summary, *, only_state: bool = False) -> Tensor:
+    """A summary as one message; a summary that is composed no further needs only its state."""
+    M, S = summary
+    return S.flatten() if only_state else torch.cat([M.flatten(), S.flatten()])
+
+
+def _unpack(message: Tensor, like: Summary, *, only_state: bool = False) -> Summary:
+    M, S = like
+    if only_state:
+        return M, message.view(S.shape)
+    return message[: M.numel()].view(M.shape), message[M.numel() :].view(S.shape)

@@ -1,0 +1,43 @@
+"""Everything that is done to a model so that it runs as a layout says; the model's own code knows nothing of it."""
+
+import torch
+
+from ..model.lm import HybridLM
+from ..model.mixers.attention import Attention
+from ..model.mixers.mamba2 import Mamba2
+from .attention import attend
+from .config import ParallelConfig
+from .fsdp import shard_model
+from .mesh import Mesh
+from .recompute import Recompute, recompute_blocks
+from .state_passing import convolve, scan
+from .tensor import shard_tensors
+
+
+def spread_model(
+    model: HybridLM,
+    mesh: Mesh,
+    config: ParallelConfig,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    recompute: Recompute = "none",
+) -> None:
+    """Spread a model, or a pipeline stage of one, built on the meta device, in place; `materialise` fills it.
+
+    From the inside out: tensors are cut over `tp`, layers share rows over `cp`, blocks recompute, and FSDP shards what
+    is left over the data axes and `cp`.
+    """
+    shard_tensors(model, mesh)
+    if config.num_segments > 1:
+        share_sequences(model)
+    recompute_blocks(model, recompute)
+    shard_model(model, mesh.fsdp, config, compute_dtype)
+
+
+def share_sequences(model: HybridLM) -> None:
+    """Set the seams that mixers need where a row's tokens lie on several ranks, in place."""
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            module.scan, module.conv = scan, convolve
+        elif isinstance(module, Attention):
+            module.attend = attend

@@ -1,0 +1,128 @@
+"""The seams of recurrent mixers under context parallelism: a convolution with halos, a scan with passed states.
+
+No activation is moved for a recurrence: a segment gets the state that enters it, whose size does not depend on the
+number of tokens. What holds for one process holds here: a context without segments runs the plain operator.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import causal_conv1d
+from ..kernels.affine import SCALAR, Transition
+from ..kernels.ssd.segmented import Pending, ssd_segments
+from ..model.mixers import mamba2
+from ..model.mixers.mamba2 import ScanInputs
+from ..model.sequence import SequenceContext
+from .context import SegmentedContext
+from .exchange import StateExchange
+from .halo import halo_is_cut_off, halos
+
+
+def scan(
+    inputs: ScanInputs, chunk_size: int, past: Tensor | None, seq: SequenceContext, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The seam `scan` of Mamba-2. Collective over the context-parallel axis; no final state is returned then."""
+    if not isinstance(seq, SegmentedContext):
+        return mamba2.scan(inputs, chunk_size, past, seq, layer)
+    y_BLHP = ssd_segments(
+        *inputs,
+        segments=[seq.layout.place(s) for s in seq.segments],
+        exchange=RememberedExchange(seq, ("ssd", layer), SCALAR),
+        reset=seq.reset_BL,
+        chunk_size=chunk_size,
+    )
+    return y_BLHP, None
+
+
+def convolve(
+    x_BLF: Tensor, weight_FK: Tensor, bias_F: Tensor | None, past: Tensor | None, seq: SequenceContext, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The seam `conv` of Mamba-2: halos of K - 1 tokens travel point to point, their gradients travel back."""
+    if not isinstance(seq, SegmentedContext):
+        return mamba2.convolve(x_BLF, weight_FK, bias_F, past, seq, layer)
+    reach = weight_FK.shape[1] - 1
+    parts = []
+    for segment, halo_BKF in zip(seq.segments, halos(x_BLF, seq, reach, 1, ("conv", layer)), strict=True):
+        place = seq.layout.place(segment)
+        if (cut_off := halo_is_cut_off(seq, segment, reach)) is not None:
+            halo_BKF = halo_BKF.masked_fill(cut_off[..., None], 0.0)
+        reset = None if seq.reset_BL is None else seq.reset_BL[:, place]
+        part, _ = causal_conv1d(
+            x_BLF[:, place], weight_FK, bias_F, activation="silu", initial_state=halo_BKF, reset=reset
+        )
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
+
+
+@dataclass(frozen=True)
+class RememberedExchange:
+    """The exchange of a layer's states, whose result recomputation gets without asking again."""
+
+    seq: SegmentedContext
+    key: Hashable
+    transition: Transition
+
+    def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> Pending:
+        """See `StateExchange.start`."""
+        exchange = StateExchange(self.seq.layout, self.seq.group, self.seq.config.cp_exchange, self.transition)
+        if reverse:
+            return exchange.start(M, S, reverse=True)
+        known = self.seq.recall(self.key)
+        return _Kept(self, exchange.start(M, S)) if known is None else _Known(known)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    exchange: RememberedExchange
+    running: Pending
+
+    def wait(self) -> list[Tensor | None]:
+        return self.exchange.seq.remember(self.exchange.key, self.running.wait())
+
+
+@dataclass(frozen=True)
+class _Known:
+    states: list[Tensor | None]
+
+    def wait(self) -> list[Tensor | None]:
+        return self.states
+
+
+class EnteringStates(torch.autograd.Function):
+    """The states that enter this rank's segments, from all segments' summaries, for any operator with a transition class.
+
+    `apply(exchange, *M, *S)` with one `M` and one `S` for each of this rank's segments, any exchange of the same
+    transition class; returns one state each, zero where nothing enters. A mixer whose operator offers
+    `summary(...) -> (M, S)` and an `initial_state` is context-parallel with
+
+        y, _ = op(..., initial_state=EnteringStates.apply(exchange, *summary(...))[0])
+
+    `ssd_segments` does the same in fewer passes. Collective, forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exchange: StateExchange | RememberedExchange, *summaries: Tensor) -> tuple[Tensor, ...]:
+        """The exchange in order of the sequence."""
+        half = len(summaries) // 2
+        M, S = list(summaries[:half]), list(summaries[half:])
+        arrived = exchange.start(M, S).wait()
+        entering = [
+            torch.zeros_like(s) if state is None else state.clone() for s, state in zip(S, arrived, strict=True)
+        ]
+        ctx.exchange = exchange
+        ctx.save_for_backward(*M, *entering)
+        return tuple(entering)
+
+    @staticmethod
+    def backward(ctx: Any, *dentering: Tensor) -> tuple[Tensor | None, ...]:
+        """The exchange in reverse; `dM` from what leaves a segment and what entered it."""
+        half = len(dentering)
+        M, entering = list(ctx.saved_tensors[:half]), ctx.saved_tensors[half:]
+        arrived = ctx.exchange.start(M, list(dentering), reverse=True).wait()
+        dleaving = [torch.zeros_like(d) if g is None else g for d, g in zip(dentering, arrived, strict=True)]
+        gradient = ctx.exchange.transition.gradient
+        return None, *(gradient(g, s, m) for g, s, m in zip(dleaving, entering, M, strict=True)), *dleaving
