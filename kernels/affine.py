@@ -1,7 +1,7 @@
-"""Affine maps of a recurrent state, `S_out = M S_in + S_loc`, and how `M` acts: what splitting a recurrence stands on.
+"""Affine maps of a recurrent state, `S_out = M S_in + S_loc`, and how `M` acts: what splitting a sequence stands on.
 
-`(M2, S2) after (M1, S1) = (M2 M1, M2 S1 + S2)` is associative, so the summaries of stretches of a sequence can be joined
-in any order. Each operator declares its transition class, the shape that its `M` has:
+`(M2, S2) after (M1, S1) = (M2 M1, M2 S1 + S2)` is associative, so the summaries of stretches of a sequence can be
+joined in any order. Each operator declares its transition class, the shape that its `M` has:
 
 | class    | state S         | M            | operators                                      |
 | -------- | --------------- | ------------ | ---------------------------------------------- |

@@ -1,12 +1,28 @@
 """What all operators agree on: the dtype of sums, when gradients are needed, how large a block of work is."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 # Elements of one operand in a block of elementwise work: a few such operands stay within a core's cache.
 BLOCK_ELEMENTS = 1 << 17
+
+
+# Whether the operations under way are the inside of one operator, of which selective recomputation keeps nothing.
+inside_operator: ContextVar[bool] = ContextVar("inside_operator", default=False)
+
+
+@contextmanager
+def one_operator() -> Iterator[None]:
+    """Marks what follows as the inside of one operator; for those that are no custom operator because they send."""
+    token = inside_operator.set(True)
+    try:
+        yield
+    finally:
+        inside_operator.reset(token)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

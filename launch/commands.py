@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 
@@ -27,6 +26,8 @@ def prepare(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """`headrace train`: one process of a run, or with --nproc the start of several."""
+    # Read when torch is loaded. It would write pages about a connection that breaks; `Watch` says in one line whose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..errors import UserError
     from ..pretrain.config import load_config
 
@@ -42,23 +43,25 @@ def train(options: argparse.Namespace) -> int:
         return run_processes(["train", options.config, *until, *options.overrides], options.nproc)
 
     from ..parallel.mesh import start_world, stop_world
+    from ..parallel.watch import start_watch
     from ..pretrain.trainer import train
     from .local import end_with_launcher
 
     end_with_launcher()
     config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
-    world = start_world()
+    timeout_s = config.parallel.timeout_s
+    world = start_world(timeout_s)
     try:
-        progress = train(config, world, options.until)
-        if world.is_first:
-            print(f"{config.run.folder}: step {progress.step}, {progress.tokens:,} tokens", file=sys.stderr)
-    except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
-            raise
-        print(f"headrace: rank {world.rank} stops because another process left", file=sys.stderr)
-        # The launcher ends this process as soon as it sees who left first; leaving at once would blur who it was.
-        time.sleep(10)
-        return 1
+        with start_watch(world, timeout_s) as watch:
+            try:
+                progress = train(config, world, options.until, watch)
+            except RuntimeError as error:
+                # By the time it is known who left, a launcher that saw it has ended this process.
+                if (line := watch.blame(error)) is None:
+                    raise
+                watch.leave(line)
+            if world.is_first:
+                print(f"{config.run.folder}: step {progress.step}, {progress.tokens:,} tokens", file=sys.stderr)
     finally:
         stop_world()
     return 0

@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..errors import UserError
+from ..parallel.watch import WATCH_STORE, last_step
 
 LAUNCHER = "HEADRACE_LAUNCHER"
 PR_SET_PDEATHSIG = 1
@@ -44,7 +46,8 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[LAUNCHER] = str(os.getpid())
+    beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     launch = LaunchConfig(
         run_id="headrace",
@@ -68,8 +71,10 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
         if status < 0:
             rank, failure = error.get_first_failure()
             hint = "; the system does that when memory runs out" if -status == signal.SIGKILL else ""
-            print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
+            step = last_step(beats, nproc)
+            last = "no step was finished yet" if step is None else f"last finished step {step}"
+            print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)
         return status if status > 0 else 1
     finally:
-        del os.environ[LAUNCHER]
+        del os.environ[LAUNCHER], os.environ[WATCH_STORE]
     return 0

@@ -8,6 +8,7 @@ from ..model.sequence import SequenceContext
 from .comm import GatherRow
 from .context import SegmentedContext
 from .halo import halos
+from .ring import ring_attend
 
 
 def attend(
@@ -15,11 +16,13 @@ def attend(
 ) -> Tensor:
     """Attention of this rank's queries over their rows' keys. Collective over the context-parallel axis.
 
-    A sliding window takes the `window - 1` keys before each segment, point to point. Full attention gathers all keys, or
-    passes them around a ring (`cp_attention`).
+    A sliding window takes the `window - 1` keys before each segment, point to point. Full attention passes all keys
+    around a ring (`cp_attention = "ring"`, see `ring.py`), or gathers them.
     """
     if not isinstance(seq, SegmentedContext):
         return attention.attend(q_BHLP, k_BJSP, v_BJSP, seq, window=window, scale=scale)
+    if window is None and seq.config.cp_attention == "ring":
+        return ring_attend(q_BHLP, k_BJSP, v_BJSP, seq, scale)
     kv = torch.cat([k_BJSP, v_BJSP], -1)
     before = _windows(kv, seq, window) if window is not None else _rows(kv, seq)
     parts = []

@@ -1,6 +1,6 @@
 """Collectives that the rest of the package calls by meaning, not by name; those on activations have gradients.
 
-Tensor-parallel ranks share tokens out in stretches of `ceil(T / ranks)`, of which the last ones may be shorter or empty.
+Tensor-parallel ranks share tokens out in stretches of `ceil(T / ranks)`, the last ones shorter or empty.
 """
 
 from collections.abc import Callable
@@ -128,7 +128,7 @@ class GatherLinear(torch.autograd.Function):
     """Several linear maps of gathered tokens: one all-gather forward, one reduce-scatter backward.
 
     `apply(x_tD, num_tokens, group, *weights_FD)` returns one `(T, F)` for each weight. In backward the weights'
-    gradients are computed while the tokens' gradients travel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
+    gradients are computed while the tokens' gradients travel (Korthikanti et al. 2022, arXiv:2205.05198, 4.2.2).
     """
 
     @staticmethod

@@ -76,6 +76,8 @@ class ParallelConfig:
                 f"parallel.pp_stages={self.pp_stages} needs a schedule that interleaves; "
                 'set pp_schedule="interleaved" or "zero_bubble", or pp_stages=1'
             )
+        if self.pp == 1 and self.pp_stages > 1:
+            found.append(f"parallel.pp_stages={self.pp_stages} needs a pipeline; set pp to 2 or more, or pp_stages=1")
         if self.pp_schedule != "1f1b" and self.pp > 1 and self.pp_stages == 1:
             found.append(f'parallel.pp_schedule="{self.pp_schedule}" needs pp_stages of at least 2 for each rank')
         if found or world_size is None:

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
-def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+def global_norm(gradients: Iterable[torch.Tensor], stages: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The Euclidean norm of all gradients together, a float32 scalar, the same on every rank.
 
-    One all-reduce for each set of mesh axes that gradients are sharded over; no host synchronisation. Collective.
+    One all-reduce for each set of mesh axes that gradients are sharded over, and one over the pipeline's `stages`, which
+    hold different parameters; no host synchronisation. Collective.
     """
     groups: dict[tuple, list[torch.Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -27,18 +28,33 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         for group in axes:
             dist.all_reduce(square, group=group)
         squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    total = torch.stack(squares).sum()
+    if stages is not None and dist.get_world_size(stages) > 1:
+        dist.all_reduce(total, group=stages)
+    return total.sqrt()
 
 
-def clip_gradients(gradients: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+def clip_gradients(
+    gradients: Iterable[torch.Tensor],
+    max_norm: float,
+    *,
+    copies: Iterable[torch.Tensor] = (),
+    stages: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """Scale all gradients by one factor so that their global norm is at most `max_norm` (0: leave them). Collective.
+
+    Args:
+        gradients: of this process's parameters.
+        max_norm: of all gradients together.
+        copies: gradients that another stage counts; they are scaled too.
+        stages: as in `global_norm`.
 
     Returns:
         The norm before clipping. Where it is not finite, so are the gradients: skip the update.
     """
     gradients = list(gradients)
-    norm = global_norm(gradients)
+    norm = global_norm(gradients, stages)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in [*gradients, *copies]], factor)
     return norm

@@ -1,6 +1,7 @@
 """Start the process group and name the axes of the mesh."""
 
 import os
+import platform
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,7 +36,8 @@ def start_world(timeout_s: float = 600.0) -> World:
     products. Collective over all processes.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs, or an environment that describes half a group.
+        UserError: more processes on this machine than it has GPUs, an environment that describes half a group, or
+            processes that do not come within `timeout_s`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -56,7 +58,14 @@ def start_world(timeout_s: float = 600.0) -> World:
             raise UserError(
                 f"RANK is set but {', '.join(missing)} is not; start with torchrun or --nproc, or unset RANK"
             )
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except RuntimeError as error:
+            rank, size, address, port = (os.environ[n] for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"rank {rank} ({platform.node()}) did not find all {size} processes at {address}:{port} within "
+                f"{timeout_s:g} s; start them all, with the same address ({str(error).partition(chr(10))[0]})"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.numerics import compute_dtype
+from ..kernels.numerics import compute_dtype, one_operator
 from ..model.norms import GatedRMSNorm
 
 
@@ -33,6 +33,7 @@ class _SpreadNorm(torch.autograd.Function):
     """
 
     @staticmethod
+    @one_operator()
     def forward(
         ctx: Any,
         x: Tensor,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..kernels.numerics import inside_operator
 from ..model.lm import HybridLM
 
 Recompute = Literal["none", "full", "selective"]
@@ -25,7 +26,8 @@ def recompute_blocks(model: HybridLM, how: Recompute) -> None:
     """Make every block recompute `how` much of its forward pass in backward, in place.
 
     `full` keeps a block's input alone; `selective` keeps the outputs of matrix products, attention and scans too,
-    so that only elementwise work is done twice. Call before sharding: FSDP's hooks then stay outside.
+    so that only elementwise work is done twice (and, under context parallelism, the scan, from the states it received
+    the first time). Call before sharding: FSDP's hooks then stay outside.
     """
     if how == "none":
         return
@@ -38,4 +40,6 @@ def recompute_blocks(model: HybridLM, how: Recompute) -> None:
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     keep = operator in SAVED or getattr(operator, "namespace", "") == "headrace"
+    if inside_operator.get():
+        keep = False
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

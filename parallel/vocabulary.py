@@ -16,7 +16,7 @@ def vocabulary_loss(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` of tokens that every rank holds; rank r has the r-th share of the head's rows.
 
-    Three numbers per token are exchanged. The gradient to `x` is this rank's rows' share of it. Collective over `group`.
+    Three numbers per token are exchanged. The gradient to `x` is this rank's rows' share of it. Collective.
     """
     loss_sum, num_targets = _VocabularyLoss.apply(x_TD, weight_vD, target_T, group)
     return loss_sum, num_targets

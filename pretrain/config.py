@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,9 @@ from ..data.config import DataConfig
 from ..errors import UserError
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
+from ..parallel.fit import fit_problems
 from ..parallel.recompute import Recompute
+from ..parallel.stages import pipeline_problems
 from .config_io import apply_overrides, build, format_toml, read_toml, to_tables
 from .optimizers.config import OptimizerConfig
 from .schedule import ScheduleConfig
@@ -46,7 +49,8 @@ class TrainConfig:
     Attributes:
         steps: updates of the whole run.
         batch_rows: rows in one update, over all processes.
-        micro_batch_rows: rows one process takes through the model at a time; 0 takes its whole share.
+        micro_batch_rows: rows one process takes through the model at a time; 0 takes its whole share. The last time
+            may take fewer.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them.
         precision: `auto` is bfloat16 on CUDA and float32 elsewhere; parameters and state are float32 in both.
         recompute: which activations a block recomputes in backward.
@@ -72,20 +76,13 @@ class TrainConfig:
         ]
         if self.clip_norm < 0:
             found.append(f"train.clip_norm={self.clip_norm} must not be negative")
-        if found or data_ranks is None:
+        if found or not data_ranks:
             return found
         if self.batch_rows % data_ranks:
             below, above = self.batch_rows // data_ranks * data_ranks, -(-self.batch_rows // data_ranks) * data_ranks
             choice = " or ".join(str(n) for n in (below, above) if n)
             return [
                 f"train.batch_rows={self.batch_rows} does not split over {data_ranks} data-parallel ranks; use {choice}"
-            ]
-        share = self.batch_rows // data_ranks
-        if self.micro_batch_rows and share % self.micro_batch_rows:
-            fits = [n for n in range(1, share + 1) if share % n == 0]
-            return [
-                f"train.micro_batch_rows={self.micro_batch_rows} does not divide the {share} rows of each rank; "
-                f"use one of {fits}, or 0 for all"
             ]
         return []
 
@@ -165,12 +162,17 @@ class Config:
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything wrong with this configuration, for `world_size` processes where that is known."""
+        data_ranks = None if world_size is None else self.parallel.data_ranks(world_size)
+        misfits = [self.model.problems(), self.data.problems(), self.train.problems(data_ranks)]
+        misfits.append(self.parallel.problems(world_size))
+        if not any(misfits):
+            misfits.append(fit_problems(self.parallel, self.model, self.data.seq_len))
+            if data_ranks and self.parallel.pp > 1:
+                rows = self.train.batch_rows // data_ranks
+                misfits.append(pipeline_problems(self.parallel, rows, self.train.micro_batch_rows or rows))
         return [
             *self.run.problems(),
-            *self.model.problems(),
-            *self.data.problems(),
-            *self.train.problems(world_size),
-            *self.parallel.problems(world_size),
+            *chain.from_iterable(misfits),
             *self.optimizer.problems(),
             *(self.schedule.problems(self.train.steps) if self.train.steps > 0 else []),
             *self.eval.problems(),

@@ -3,14 +3,15 @@
 import math
 import random
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..data import TokenDataset
 from ..model.lm import HybridLM
 from ..model.sequence import LayerStates, SequenceContext
 from ..parallel.comm import sum_over_ranks
-from ..parallel.mesh import World
 from .config import EvalConfig
 
 
@@ -58,27 +59,85 @@ def num_windows(length: int, window: int) -> int:
     return -(-(length - 1) // window)
 
 
+class Scorer(Protocol):
+    """A model, however it is spread, that scores windows of documents."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Which share of the documents this process reads."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many shares there are."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """Processes that read each share together, all with the same result."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+
+    def new_states(self) -> list[LayerStates]:
+        """States before a document."""
+        ...
+
+    def score(self, tokens_BL: Tensor, targets_BL: Tensor, states: list[LayerStates]) -> tuple[Tensor, Tensor]:
+        """Summed loss of a window and its number of targets; `states` go on to the next window."""
+        ...
+
+
+@dataclass
+class WholeModel:
+    """A model that every process holds whole; a `Scorer`."""
+
+    model: HybridLM
+    device: torch.device
+    rank: int
+    ranks: int
+    copies: int = 1
+
+    def train(self, mode: bool) -> None:
+        """See `Scorer.train`."""
+        self.model.train(mode)
+
+    def new_states(self) -> list[LayerStates]:
+        """See `Scorer.new_states`."""
+        return [LayerStates()]
+
+    def score(self, tokens_BL: Tensor, targets_BL: Tensor, states: list[LayerStates]) -> tuple[Tensor, Tensor]:
+        """See `Scorer.score`."""
+        loss_sum, targets = self.model(tokens_BL, SequenceContext(states=states[0]), targets_BL)
+        return loss_sum, targets
+
+
 @torch.no_grad()
-def evaluate(model: HybridLM, dataset: TokenDataset, config: EvalConfig, world: World) -> Evaluation:
-    """Score held-out documents with `model`, shared out over the ranks. Collective.
+def evaluate(scorer: Scorer, dataset: TokenDataset, config: EvalConfig) -> Evaluation:
+    """Score held-out documents, shared out over the ranks. Collective.
 
     A document runs through the model in windows, the layers' states carried from one to the next. Every rank takes
     the same number of forward passes, because the passes of a sharded model gather parameters together.
     """
     documents = choose_documents(dataset, config.max_tokens)
     lengths = [dataset.document_length(index) for index in documents]
-    shares = share_documents(lengths, world.size, config.window)
+    shares = share_documents(lengths, scorer.ranks, config.window)
     passes = [sum(num_windows(lengths[p], config.window) for p in share) for share in shares]
-    was_training = model.training
-    model.eval()
+    scorer.train(False)
     totals = torch.zeros(2, dtype=torch.float64)
-    for position in shares[world.rank]:
-        totals += _score(model, torch.from_numpy(dataset.document(documents[position]).astype("int64")), config, world)
-    idle = torch.zeros(1, 1, dtype=torch.int64, device=world.device)
-    for _ in range(max(passes) - passes[world.rank]):
-        model(idle, SequenceContext(), idle)
-    model.train(was_training)
-    nats, tokens = sum_over_ranks(totals).tolist()
+    for position in shares[scorer.rank]:
+        totals += _score(scorer, torch.from_numpy(dataset.document(documents[position]).astype("int64")), config)
+    idle = torch.zeros(1, 1, dtype=torch.int64, device=scorer.device)
+    for _ in range(max(passes) - passes[scorer.rank]):
+        scorer.score(idle, idle, scorer.new_states())
+    scorer.train(True)
+    nats, tokens = (sum_over_ranks(totals) / scorer.copies).tolist()
     text_bytes = sum(dataset.document_bytes(index) for index in documents)
     return Evaluation(
         documents=len(documents),
@@ -89,16 +148,16 @@ def evaluate(model: HybridLM, dataset: TokenDataset, config: EvalConfig, world: 
     )
 
 
-def _score(model: HybridLM, document: torch.Tensor, config: EvalConfig, world: World) -> torch.Tensor:
+def _score(scorer: Scorer, document: Tensor, config: EvalConfig) -> Tensor:
     """Nats and tokens of one document, as a float64 pair on the CPU."""
-    states = LayerStates()
-    document = document.to(world.device)[None]
+    states = scorer.new_states()
+    document = document.to(scorer.device)[None]
     total = torch.zeros(2, dtype=torch.float64)
     for start in range(0, document.shape[1] - 1, config.window):
         stop = min(start + config.window, document.shape[1] - 1)
-        context = SequenceContext(states=states)
-        nats, tokens = model(document[:, start:stop], context, document[:, start + 1 : stop + 1])
+        nats, tokens = scorer.score(document[:, start:stop], document[:, start + 1 : stop + 1], states)
         if config.max_keys:
-            states.keep_last_keys(config.max_keys)
+            for state in states:
+                state.keep_last_keys(config.max_keys)
         total += torch.tensor([float(nats), float(tokens)], dtype=torch.float64)
     return total

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data import TokenDataset, check_tokenizer
 from ..parallel.mesh import World
-from .evaluate import evaluate
+from .evaluate import WholeModel, evaluate
 from .run_folder import replace_file
 from .saved_run import find_run, load_run
 
@@ -24,7 +24,8 @@ def evaluate_run(path: Path, world: World) -> dict[str, Any]:
     model, tokenizer, config = load_run(run.checkpoint, device=world.device)
     dataset = TokenDataset(config.data.folder, "heldout")
     check_tokenizer(dataset, tokenizer)
-    found = evaluate(model, dataset, replace(config.eval, max_tokens=0), world)
+    scorer = WholeModel(model, world.device, world.rank, world.size)
+    found = evaluate(scorer, dataset, replace(config.eval, max_tokens=0))
     results = {
         "checkpoint": run.checkpoint.name,
         **asdict(found),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..model.lm import HybridLM
 from ..parallel.comm import do_together
 from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_rank_tensors, save_checkpoint
 from .optimizers import Optimizer
@@ -31,10 +30,11 @@ class Progress:
     skipped: int = 0
 
 
-def training_tensors(model: HybridLM, optimizers: Sequence[Optimizer]) -> dict[str, torch.Tensor]:
-    """Every tensor that training changes, by its checkpoint key; loading writes into them."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+def training_tensors(
+    parameters: Mapping[str, torch.Tensor], optimizers: Sequence[Optimizer]
+) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes on this process, by its checkpoint key; loading writes into them."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for optimizer in optimizers:
         tensors |= {f"optim.{name}": tensor for name, tensor in optimizer.state().items()}
     return tensors

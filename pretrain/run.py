@@ -14,8 +14,11 @@ from ..model.lm import HybridLM
 from ..parallel.comm import do_together
 from ..parallel.fsdp import materialise
 from ..parallel.mesh import Mesh, World, build_mesh
+from ..parallel.pipeline import Pipeline
 from ..parallel.spread import spread_model
+from ..parallel.stages import cut_stages, stages_of_rank
 from .config import Config
+from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers
 from .resume import Progress, resume_training, save_training, training_tensors
@@ -28,7 +31,7 @@ class Run:
 
     config: Config
     world: World
-    model: HybridLM
+    engine: Engine
     optimizers: list[Optimizer]
     tensors: dict[str, torch.Tensor]
     loader: BatchLoader
@@ -83,9 +86,9 @@ def fill_run(
 ) -> Run:
     """The rest of `build_run`, between opening the folder and the first step. Collective."""
     rows, heldout = data
-    model = build_model(config, mesh, world.device)
-    optimizers = build_optimizers(model, config.optimizer)
-    tensors = training_tensors(model, optimizers)
+    engine = build_engine(config, mesh, world)
+    optimizers = build_optimizers(engine.models, config.optimizer)
+    tensors = training_tensors(engine.named_parameters(), optimizers)
     facts = data_facts(config, rows.dataset)
     progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
     record = {"layout": mesh.degrees, "data": facts, "resumed_at": progress.step}
@@ -93,13 +96,13 @@ def fill_run(
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
         rows,
-        batch_rows=config.train.batch_rows // world.size,
-        rank=world.rank,
-        world_size=world.size,
+        batch_rows=config.train.batch_rows // mesh.data_ranks,
+        rank=mesh.data_rank,
+        world_size=mesh.data_ranks,
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    return Run(config, world, model, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
+    return Run(config, world, engine, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:
@@ -161,15 +164,33 @@ def check_compiler() -> None:
         raise UserError(f"train.compile=true needs a compiler, and there is no {name}; install g++ or set CXX")
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device) -> HybridLM:
-    """The sharded model with its initial values. Raises UserError where it is to be compiled without a compiler."""
+def build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
+    """The spread model with its initial values, this rank's stages of it where there is a pipeline.
+
+    Raises:
+        UserError: it is to be compiled without a compiler.
+    """
+    parallel = config.parallel
+    if config.train.compile:
+        check_compiler()
+    if parallel.pp == 1:
+        return Engine(config, world, mesh, [build_model(config, mesh, world.device, None)], None)
+    cuts = cut_stages(config.model, parallel.num_stages, config.data.seq_len)
+    mine = stages_of_rank(parallel, mesh.rank("pp"))
+    models = [build_model(config, mesh, world.device, cuts[stage]) for stage in mine]
+    dtype = compute_dtype(config, world.device)
+    pipeline = Pipeline(list(zip(mine, models, strict=True)), mesh, parallel, compute_dtype=dtype)
+    return Engine(config, world, mesh, models, pipeline)
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device, stage: range | None) -> HybridLM:
+    """A stage of the model, or all of it, spread and filled."""
     with torch.device("meta"):
-        model = HybridLM(config.model)
+        model = HybridLM(config.model, stage)
     dtype = compute_dtype(config, device)
     spread_model(model, mesh, config.parallel, compute_dtype=dtype, recompute=config.train.recompute)
     materialise(model, device, config.run.seed)
     if config.train.compile:
-        check_compiler()
         for block in model.layers.values():
             block.compile()
     return model

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import Batch, TokenDataset
+from ..data import TokenDataset
 from ..errors import UserError
-from ..model.sequence import SequenceContext
 from ..parallel.comm import sum_over_ranks
-from ..parallel.fsdp import sync_gradients
-from ..parallel.grads import clip_gradients
 from ..parallel.mesh import World
 from .config import Config
 from .evaluate import evaluate
@@ -45,12 +42,12 @@ def train(config: Config, world: World, until: int | None = None) -> Progress:
     try:
         while progress.step < stop:
             started = time.perf_counter()
-            loss_sum, targets = forward_backward(run, next(run.loader))
-            norm = clip_gradients([p.grad for p in run.model.parameters() if p.grad is not None], clip_norm)
+            loss_sum, targets = run.engine.forward_backward(next(run.loader))
+            norm = run.engine.clip_gradients(clip_norm)
             skip = (~norm.isfinite()).float()
             for optimizer in run.optimizers:
                 optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)
-            run.model.zero_grad(set_to_none=True)
+            run.engine.zero_grad()
             skipped += skip
             skipped_in_a_row = (skipped_in_a_row + skip) * skip
 
@@ -81,33 +78,6 @@ def train(config: Config, world: World, until: int | None = None) -> Progress:
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done every `every` steps (0: only at the end) and after the `last` is done after `step`."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def forward_backward(run: Run, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Add up the gradients of one batch's mean loss per target token. Collective.
-
-    The mean is over the targets of all ranks and micro-batches together, so it does not depend on how rows are dealt.
-
-    Returns:
-        This rank's summed loss (a device scalar, float32) and the number of targets on all ranks.
-    """
-    device = run.world.device
-    targets = int(sum_over_ranks((batch.targets_BL != -100).sum()))
-    # FSDP averages gradients over the ranks; the loss is summed over them.
-    scale = run.world.size / max(1, targets)
-    rows = batch.tokens_BL.shape[0]
-    micro = run.config.train.micro_batch_rows or rows
-    total = torch.zeros((), device=device)
-    for start in range(0, rows, micro):
-        sync_gradients(run.model, start + micro >= rows)
-        tokens_BL, targets_BL, reset_BL = (
-            t[start : start + micro].to(device, non_blocking=True)
-            for t in (batch.tokens_BL, batch.targets_BL, batch.reset_BL)
-        )
-        loss_sum, _ = run.model(tokens_BL, SequenceContext(reset_BL=reset_BL), targets_BL)
-        (loss_sum * scale).backward()
-        total += loss_sum.detach()
-    return total, targets
 
 
 def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, pace: Pace) -> None:
@@ -147,7 +117,7 @@ def report_heldout(run: Run, heldout: TokenDataset) -> None:
     """Evaluate and write the record. Collective."""
     # Documents differ in length: a compiled block would be compiled again for each.
     with torch.compiler.set_stance("force_eager"):
-        found = evaluate(run.model, heldout, run.config.eval, run.world)
+        found = evaluate(run.engine, heldout, run.config.eval)
     if run.metrics is not None:
         run.metrics.evaluation(
             {

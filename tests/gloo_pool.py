@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MAX_WORKERS = 8
+MAX_WORKERS = 16
 # After one rank fails, its peers get this long to fail by themselves before they are killed.
 GRACE_S = 5.0
 

@@ -90,7 +90,7 @@ def ssd_chunked_backward(
 def empty_gradients(chunks: Chunks, *, zero: bool = False) -> Gradients:
     """Gradients to be filled in; with `zero`, those of `x, dt, B` begin at zero, so that they may be added to first."""
     like = chunks.dt_nQH
-    n, Q, H, P = chunks.x_nQHP.shape
+    n, _, H, P = chunks.x_nQHP.shape
     begin = torch.zeros_like if zero else torch.empty_like
     return Gradients(
         x_nQHP=begin(chunks.x_nQHP, dtype=like.dtype, memory_format=torch.contiguous_format),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..numerics import one_operator
 from .chunked import (
     add_entering_state,
     add_output_of_states,
@@ -94,6 +95,7 @@ def ssd_segments(
 
 class _Segmented(torch.autograd.Function):
     @staticmethod
+    @one_operator()
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, dt, A_H, B, C, D, reset, places, exchange, chunk_size = args
         inputs = Inputs(x, dt, A_H, B, C, D, None, reset)

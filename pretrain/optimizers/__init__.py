@@ -1,8 +1,11 @@
 """Optimizers over sharded parameters, all behind one small interface."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ...model.lm import HybridLM
+from ...model.rules import ParameterKind
 from .adamw import AdamW
 from .config import MuonConfig, OptimizerConfig
 from .muon import Muon
@@ -11,19 +14,24 @@ from .sharded import Optimizer
 __all__ = ["AdamW", "Muon", "MuonConfig", "Optimizer", "OptimizerConfig", "build_optimizers"]
 
 
-def build_optimizers(model: HybridLM, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizers that together update every parameter of `model` once; call after sharding.
+def build_optimizers(models: Iterable[HybridLM], config: OptimizerConfig) -> list[Optimizer]:
+    """The optimizers that together update every parameter of `models`, pipeline stages of one, once; after sharding.
 
     With `kind="muon"` the matrices inside the layers go to Muon; all else, the embedding and head among it, to AdamW.
     """
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-    kinds = model.parameter_kinds()
+    parameters: dict[str, torch.Tensor] = {}
+    kinds: dict[str, ParameterKind] = {}
+    spared: set[str] = set()
+    for model in models:
+        parameters |= dict(model.named_parameters())
+        kinds |= model.parameter_kinds()
+        spared |= model.no_decay_names()
     matrices = {name: p for name, p in parameters.items() if config.kind == "muon" and kinds[name] == "matrix"}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
     built: list[Optimizer] = [
         AdamW(
             rest,
-            frozenset(rest) - model.no_decay_names(),
+            frozenset(rest) - spared,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,

@@ -57,6 +57,7 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
     assert [said.startswith(line) for said in error.splitlines()].count(True) == 1
     assert "Traceback" not in error
     assert "torch" not in error
+    assert ("; last finished step " in error or "; no step was" in error) == (whom == "rank")
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 

@@ -116,8 +116,8 @@ def test_layout_must_fit_the_world(path: Path) -> None:
     assert "needs 8 processes, but 4 were started" in refusal(
         path, "parallel.dp_replicate=2", "parallel.dp_shard=4", world_size=4
     )
-    assert "micro_batch_rows=3 does not divide the 4 rows of each rank; use one of [1, 2, 4]" in refusal(
-        path, "train.micro_batch_rows=3", world_size=1
+    assert "train.micro_batch_rows=4 cuts the 4 rows of each data rank into 1 micro-batches, fewer than" in refusal(
+        path, "parallel.pp=2", world_size=2
     )
 
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from headrace.data import TokenDataset
 from headrace.model.lm import HybridLM
 from headrace.model.sequence import LayerStates, SequenceContext
-from headrace.parallel.mesh import World
 from headrace.pretrain.config import Config, EvalConfig
-from headrace.pretrain.evaluate import Evaluation, choose_documents, evaluate, num_windows, share_documents
+from headrace.pretrain.evaluate import Evaluation, WholeModel, choose_documents, evaluate, num_windows, share_documents
 from tiny import prepare_tiny, tiny_config
 
 
@@ -29,8 +28,8 @@ def build(config: Config) -> HybridLM:
 
 
 def run(config: Config, how: EvalConfig) -> Evaluation:
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return evaluate(build(config), TokenDataset(config.data.folder, "heldout"), how, world)
+    scorer = WholeModel(build(config), torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    return evaluate(scorer, TokenDataset(config.data.folder, "heldout"), how)
 
 
 def whole_documents(model: HybridLM, dataset: TokenDataset) -> float:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
-from headrace.pretrain import trainer
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
+from headrace.pretrain.engine import Engine
 from headrace.pretrain.metrics import Metrics
 from headrace.pretrain.run import check_compiler
 from headrace.pretrain.run_folder import open_run_folder
@@ -156,25 +156,25 @@ def test_training_learns(gloo: Callable, tmp_path: Path, data: Path) -> None:
 
 def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
     """Train while the loss and a gradient of some updates are NaN on the last rank only."""
-    original = trainer.forward_backward
+    original = Engine.forward_backward
     calls = 0
 
-    def poisoned(run: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+    def poisoned(engine: Engine, batch: Batch) -> tuple[torch.Tensor, int]:
         nonlocal calls
         calls += 1
-        result = original(run, batch)
+        result = original(engine, batch)
         if calls in bad_steps and dist.get_rank() == dist.get_world_size() - 1:
-            next(iter(run.model.parameters())).grad.to_local().fill_(float("nan"))
+            next(iter(engine.named_parameters().values())).grad.to_local().fill_(float("nan"))
             result[0].fill_(float("nan"))
         return result
 
-    trainer.forward_backward = poisoned
+    Engine.forward_backward = poisoned
     try:
         progress = train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
     except UserError as error:
         return str(error)
     finally:
-        trainer.forward_backward = original
+        Engine.forward_backward = original
     return progress.step, progress.skipped
 
 
@@ -349,7 +349,7 @@ def test_the_record_of_a_run(gloo: Callable, tmp_path: Path, data: Path) -> None
     gloo(2, run_to_end, config)
     record = json.loads((config.run.folder / "manifest.json").read_text())
     assert record["seed"] == 5
-    assert record["layout"] == {"dp_shard": 2}
+    assert record["layout"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
     assert record["packages"]["torch"] == torch.__version__
     assert record["data"]["fingerprint"]
     assert (config.run.folder / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()

@@ -1,0 +1,64 @@
+"""One rank of any number, played by one process: the real code runs, nothing is sent, and tensors have no memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .config import ParallelConfig
+from .mesh import Mesh, World, build_mesh
+from .traffic import Sent
+
+
+@contextmanager
+def fake_world(config: ParallelConfig, rank: int, size: int) -> Iterator[tuple[World, Mesh]]:
+    """The world and mesh that rank `rank` of `size` has. No process group may exist before.
+
+    Raises:
+        UserError: the degrees do not fit the number of processes.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        world = World(rank, size, torch.device("cpu"))
+        yield world, build_mesh(config, world)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors made within have no memory; a number that the host asks of one is 1."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _NumbersAreOne():
+        yield
+
+
+class _NumbersAreOne(TorchDispatchMode):
+    """Numbers, which fake tensors do not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+def passes_of_step(sent: list[Sent], num_micro_batches: int) -> Counter[Sent]:
+    """What all micro-batches of a step send, from a record of the last two of them (of the only one, if it is one).
+
+    Micro-batches before the last are alike: they send all but the reduction of gradients.
+    """
+    before = next(
+        (i for i in range(1, len(sent)) if (sent[i - 1].phase, sent[i].phase) == ("backward", "forward")), 0
+    )
+    total = Counter(sent)
+    for entry, times in Counter(sent[:before]).items():
+        total[entry] += times * (num_micro_batches - 2)
+    return total

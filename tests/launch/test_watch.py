@@ -1,0 +1,191 @@
+"""A rank that dies or falls silent: the others end too, each with one line that says who and after which step."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from headrace.errors import UserError
+from headrace.parallel.watch import Watch
+from tiny import CONFIG, prepare_tiny
+
+TIMEOUT_S = 10.0
+LINE = r"headrace: error: {} \({}\) {}.*; last finished step \d+; start the run again"
+HOST = os.uname().nodename
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+@dataclass
+class Ranks:
+    """Processes that were started one by one, as a cluster's scheduler does."""
+
+    processes: list[subprocess.Popen[bytes]]
+    folder: Path
+
+    def said(self, rank: int) -> str:
+        """What a rank wrote to stderr."""
+        return (self.folder / f"stderr{rank}").read_text()
+
+    def statuses(self, ranks: list[int], within_s: float) -> list[int]:
+        """The exit statuses of `ranks`, none of which may take longer than `within_s` from now."""
+        deadline = time.monotonic() + within_s
+        return [self.processes[rank].wait(max(0.1, deadline - time.monotonic())) for rank in ranks]
+
+
+def write_config(folder: Path, data: Path) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999"))
+    return path
+
+
+def start_ranks(folder: Path, data: Path, size: int, *overrides: str) -> Ranks:
+    """`size` processes with nothing but the environment to tell them of each other."""
+    command = [sys.executable, "-m", "headrace", "train", str(write_config(folder, data)), *overrides]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = Ranks([], folder)
+    for rank in range(size):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with (folder / f"stderr{rank}").open("w") as stderr:
+            ranks.processes.append(
+                subprocess.Popen(command, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+            )
+    return ranks
+
+
+def wait_for_training(folder: Path, process: subprocess.Popen) -> None:
+    """Until some steps are done and some beats have told of them."""
+    metrics = folder / "tiny" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count('"train"') < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.5)
+
+
+def check_line(text: str, who: str, what: str) -> None:
+    lines = [line for line in text.splitlines() if " | " not in line]  # those of steps
+    assert len(lines) == 1, text
+    assert re.match(LINE.format(who, HOST, what), lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "victim", "how"), [(3, 1, signal.SIGKILL), (2, 0, signal.SIGSTOP)], ids=["kill-1", "stop-0"]
+)
+def test_those_left_say_who_is_missing(tmp_path: Path, data: Path, size: int, victim: int, how: signal.Signals) -> None:
+    """Rank 0 keeps the store that all beats go through."""
+    ranks = start_ranks(tmp_path, data, size, "train.batch_rows=6", f"parallel.timeout_s={TIMEOUT_S}")
+    try:
+        wait_for_training(tmp_path, ranks.processes[0])
+        ranks.processes[victim].send_signal(how)
+        others = [rank for rank in range(size) if rank != victim]
+        assert ranks.statuses(others, TIMEOUT_S + 5) == [1] * len(others)
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.wait()
+    for rank in others:
+        check_line(ranks.said(rank), f"rank {victim}", "has not been heard of for")
+
+
+def test_under_a_launcher_a_silent_rank_is_named_by_the_other(tmp_path: Path, data: Path) -> None:
+    config = write_config(tmp_path, data)
+    command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        [*command, f"parallel.timeout_s={TIMEOUT_S}"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    wait_for_training(tmp_path, launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    other, victim = map(int, children)
+    os.kill(victim, signal.SIGSTOP)
+    deadline = time.monotonic() + TIMEOUT_S + 5
+    while Path(f"/proc/{other}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    _, text = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    check_line(text, "rank 1", "has not been heard of for")
+
+
+def test_an_error_of_one_rank_is_reported_by_the_others(tmp_path: Path, data: Path) -> None:
+    """Whichever rank reads the damaged document."""
+    copy = shutil.copytree(data, tmp_path / "damaged")
+    (shard,) = (copy / "train").glob("*.tar")
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2 // 512 * 512 + 600
+    content[middle : middle + 4] = b"flip"
+    shard.write_bytes(content)
+    ranks = start_ranks(tmp_path, copy, 2)
+    try:
+        assert sorted(ranks.statuses([0, 1], 60)) == [1, 2]
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    statuses = [process.wait() for process in ranks.processes]
+    failed, other = statuses.index(2), statuses.index(1)
+    assert ranks.said(failed).count("headrace: error: ") == 1
+    assert str(shard) in ranks.said(failed)
+    assert "Traceback" not in ranks.said(failed)
+    check_line(ranks.said(other), f"rank {failed}", f"left with an error: .*{shard.name}")
+
+
+@pytest.fixture
+def pair() -> tuple[Watch, Watch]:
+    """The watches of two ranks that beat through one store, five times a second."""
+    store = dist.HashStore()
+    watches = [Watch(rank, 2, 2.0, lambda: store, keeper="a test") for rank in range(2)]
+    return watches[0], watches[1]
+
+
+def test_blame_names_who_stopped_beating(pair: tuple[Watch, Watch]) -> None:
+    first, second = pair
+    with first, second:
+        second.step(3)
+        time.sleep(0.5)
+        assert first.blame(RuntimeError("size mismatch")) is None
+        second._stop.set()  # as if killed
+        time.sleep(0.3)
+        line = first.blame(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:1"))
+    assert line is not None
+    assert line.startswith(f"rank 1 ({HOST}) has not been heard of for ")
+
+
+def test_blame_gives_the_reason_of_who_left(pair: tuple[Watch, Watch]) -> None:
+    first, second = pair
+    with second:
+        with pytest.raises(UserError), first:
+            raise UserError("the disk is full")
+        line = second.blame(dist.DistBackendError("NCCL error"))
+    assert line == f"rank 0 ({HOST}) left with an error: the disk is full"
+
+
+def test_a_watch_of_one_starts_no_thread() -> None:
+    before = threading.active_count()
+    with Watch(0, 1, 600.0, dist.HashStore) as watch:
+        watch.step(1)
+        assert threading.active_count() == before
+        assert watch.blame(RuntimeError("Connection closed by peer")) is None
+
+
+def test_a_run_that_ends_stops_its_threads(pair: tuple[Watch, Watch]) -> None:
+    before = threading.active_count()
+    with pair[0], pair[1]:
+        assert threading.active_count() == before + 4
+        time.sleep(0.3)
+    assert threading.active_count() == before

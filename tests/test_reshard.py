@@ -1,0 +1,88 @@
+"""A run saved under one layout goes on under any other: the same bits loaded, the same next loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from headrace.parallel.mesh import World, build_mesh
+from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, load_full
+from headrace.pretrain.config import Config
+from headrace.pretrain.optimizers import build_optimizers
+from headrace.pretrain.resume import training_tensors
+from headrace.pretrain.run import build_engine, checkpoints
+from headrace.pretrain.trainer import train
+from tiny import prepare_tiny, tiny_config
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "pp2": (2, {"pp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "cp3-dp2": (6, {"cp": 3}),
+    "tp2-dp3": (6, {"tp": 2}),
+    "tp2-cp2-dp2": (8, {"tp": 2, "cp": 2, "cp_layout": "zigzag"}),
+    "tp2-pp2-dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
+}
+BASE = ("model.attention.num_heads=4", "train.batch_rows=6", "train.micro_batch_rows=1", "checkpoint.every_steps=3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+def config_for(folder: Path, data: Path, layout: str, kind: str, *more: str) -> Config:
+    degrees = LAYOUTS[layout][1]
+    values = (f"parallel.{key}={value}" for key, value in degrees.items())
+    return tiny_config(folder, data, *BASE, f"optimizer.kind={kind}", *values, *more)
+
+
+def this_world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def run_until(config: Config, step: int) -> int:
+    return train(config, this_world(), step).step
+
+
+def load_and_compare(config: Config, path: str) -> list[str]:
+    """Tensors of the run that, loaded under this layout and put together again, are not what the checkpoint holds."""
+    world = this_world()
+    engine = build_engine(config, build_mesh(config.parallel, world), world)
+    tensors = training_tensors(engine.named_parameters(), build_optimizers(engine.models, config.optimizer))
+    load_checkpoint(path, tensors)
+    saved = load_full(path, tensors)
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return [name for name, tensor in whole.items() if not torch.equal(tensor, saved[name])]
+
+
+def losses(config: Config) -> dict[int, float]:
+    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"}
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "kind"),
+    [("tp2-cp2-dp2", "adamw"), ("tp2-cp2-dp2", "muon"), ("tp2-pp2-dp2", "muon"), ("tp2-dp3", "adamw")],
+)
+def test_a_checkpoint_goes_on_under_any_layout(
+    gloo: Callable, tmp_path: Path, data: Path, saved_as: str, kind: str
+) -> None:
+    config = config_for(tmp_path, data, saved_as, kind)
+    gloo(LAYOUTS[saved_as][0], run_until, config, 3)
+    path = latest_checkpoint(checkpoints(config))
+    gloo(LAYOUTS[saved_as][0], run_until, config, 6)
+    expected = losses(config)
+    for layout, (ranks, _) in LAYOUTS.items():
+        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}")
+        assert gloo(ranks, load_and_compare, other, str(path)) == [[]] * ranks, layout
+    for layout in ("one process", "pp2", "tp4", "cp3-dp2"):
+        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}")
+        checkpoints(other).mkdir(parents=True)
+        (checkpoints(other) / path.name).symlink_to(path)
+        gloo(LAYOUTS[layout][0], run_until, other, 4)
+        assert losses(other)[4] == pytest.approx(expected[4], rel=2e-6), layout
