@@ -63,6 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 
+    summary = "print what each process of a run will hold and send, without starting one"
+    explain = _command(subparsers, "explain", commands.explain, summary)
+    explain.add_argument("config", help="a TOML file")
+    explain.add_argument("--world", type=int, metavar="N", help="processes (default: as few as the degrees ask for)")
+    explain.add_argument("--rank", type=int, default=0, help="the process to show (default: 0)")
+    _add_overrides(explain)
+
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
     _add_run(evaluate)
 

@@ -67,6 +67,23 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def explain(options: argparse.Namespace) -> int:
+    """`headrace explain`: what one rank of a run holds and sends, without starting one."""
+    from ..errors import UserError
+    from ..pretrain.config import load_config
+    from ..pretrain.explain import default_world, explain
+    from .explain import format_explanation
+
+    path = Path(options.config)
+    world_size = options.world
+    if world_size is None:
+        world_size = default_world(load_config(path, options.overrides))
+    if world_size < 1:
+        raise UserError(f"--world={world_size} must be at least 1")
+    print(format_explanation(explain(load_config(path, options.overrides, world_size), world_size, options.rank)))
+    return 0
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """`headrace eval`: bits per byte of the whole held-out split, kept in `results.json`."""
     from ..parallel.mesh import start_world, stop_world

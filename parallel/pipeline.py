@@ -5,12 +5,11 @@ backward its gradient, each the share of tokens that a context- and tensor-paral
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
@@ -64,12 +63,8 @@ class Pipeline:
         self._like_activation = torch.empty(0, model_config.d_model, dtype=dtype, device="meta")
         self._tied = model_config.tie_embeddings and config.num_stages > 1
         self._built: tuple[tuple[int, int, int], Schedule, list[_Stage]] | None = None
-        if config.pp_schedule == "zero_bubble":
-            for model in self.models.values():
-                # Between the two halves of a backward pass other micro-batches go forward, and the second half needs
-                # the weights that the first one saw.
-                assert isinstance(model, FSDPModule)
-                model.set_reshard_after_forward(False)
+        for model in self.models.values():
+            _keep_gathered(model, blocks=config.pp_schedule == "zero_bubble")
         # NCCL makes a communicator when all its ranks first meet: here, not between stages that wait for each other.
         dist.all_reduce(torch.zeros((), device=self.device), group=mesh.group("pp"))
 
@@ -361,10 +356,21 @@ def _reached(start: Node, users: dict[Node, list[Node]], stop: set[Node]) -> tup
     return free, met
 
 
-def _device_and_dtype(model: nn.Module, compute_dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+def _keep_gathered(model: HybridLM, blocks: bool) -> None:
+    """Let what FSDP gathers inside of blocks stay after a forward pass, and on demand the blocks too.
+
+    Other micro-batches go forward between the halves of a backward pass, whose second needs the blocks' weights. And
+    selective recomputation cannot gather what its forward pass found gathered by an earlier micro-batch.
+    """
+    for block in model.layers.values():
+        for module in block.modules():
+            if isinstance(module, FSDPModule) and (blocks or module is not block):
+                module.set_reshard_after_forward(False, recurse=False)
+
+
+def _device_and_dtype(model: HybridLM, compute_dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
     """Where a model is, and the dtype of its products: that of its parameters unless it is narrower."""
-    parameters: Iterator[nn.Parameter] = model.parameters()
-    parameter = next(parameters)
+    parameter = next(model.parameters())
     return parameter.device, parameter.dtype if compute_dtype == torch.float32 else compute_dtype
 
 

@@ -211,7 +211,7 @@ def attend(
     L, S = q_BHLP.shape[2], k_BJSP.shape[2]
     in_blocks = _blocks_are_faster(q_BHLP, S)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q_BHLP.shape[1] != k_BJSP.shape[1]}
-    if seq.one_document and (window is None or window >= L) and not in_blocks:
+    if seq.one_document and S == L and (window is None or window >= L) and not in_blocks:
         return F.scaled_dot_product_attention(q_BHLP, k_BJSP, v_BJSP, is_causal=True, **options)
     if q_BHLP.is_cuda and seq.states is None:
         position_BL = seq.position_BL(L, q_BHLP.device)
