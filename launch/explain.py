@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..pretrain.explain import Explanation, Held
 from ..parallel.traffic import Sent
+from ..pretrain.explain import Explanation, Held
 
 # Of a parameter: name, whole shape, placement, local shape, bytes; of what is sent: see `_traffic_lines`.
-PARAMETER_ROW = "  {:<28} {:>16}  {:<46} {:>14} {:>10}"
+PARAMETER_ROW = "  {:<27} {:>15}  {:<44} {:>13} {:>13}"
 TRAFFIC_ROW = "  {:<38} {:<12} {:<15} {:>7} {:>12} {:>9} {:>12}"
 
 Row = tuple[str, ...]
@@ -30,7 +30,7 @@ def _layout_lines(found: Explanation) -> list[str]:
         f"{found.world_size} processes: " + " x ".join(f"{axis} {degree}" for axis, degree in found.degrees.items()),
         f"  rank {found.rank} ({places or 'alone'}) holds {held}",
         f"  and works on tokens {tokens} of rows of {found.config.data.seq_len:,}{tp}",
-        f"  an update: {found.rows} rows on this rank in {found.micro_batches} micro-batches, {train.batch_rows} rows in all",
+        f"  an update: {found.rows} rows on this rank in {found.micro_batches} micro-batches, {train.batch_rows} in all",
         f"  precision {train.precision}, recompute {train.recompute}, optimizer {found.config.optimizer.kind}",
     ]
     if found.degrees["cp"] > 1:
@@ -96,7 +96,8 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
     return [
         *lines,
         f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(parameters)}, optimizer state "
-        f"{_bytes(optimizer)}, together {_bytes(2 * parameters + optimizer)}; the whole model has {whole:,} parameters",
+        f"{_bytes(optimizer)}, together {_bytes(2 * parameters + optimizer)}",
+        f"  the whole model has {whole:,} parameters",
     ]
 
 
@@ -113,7 +114,7 @@ def _traffic_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str
     if not found.sent:
         return ["nothing is sent: there is one process"]
     totals = _sent_by_block(found)
-    named = {"embed": "embedding", "root": "embedding, last norm, head", **{}, "head": "head and loss"}
+    named = {"embed": "embedding", "root": "what is not in layers", "head": "head and loss"}
     lines = [
         "what this rank sends in one update, by block, mesh axis and collective",
         TRAFFIC_ROW.format("", "axis", "", "forward", "bytes", "backward", "bytes"),

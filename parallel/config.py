@@ -101,5 +101,5 @@ class ParallelConfig:
         return self.dp_shard or world_size // (self.dp_replicate * self.model_ranks)
 
     def data_ranks(self, world_size: int) -> int:
-        """How many different shares of a batch there are among `world_size` processes; 0 where the degrees do not fit."""
+        """Different shares of a batch among `world_size` processes; 0 where the degrees do not fit."""
         return 0 if self.problems(world_size) else self.dp_replicate * self.shard_degree(world_size)

@@ -55,9 +55,7 @@ def passes_of_step(sent: list[Sent], num_micro_batches: int) -> Counter[Sent]:
 
     Micro-batches before the last are alike: they send all but the reduction of gradients.
     """
-    before = next(
-        (i for i in range(1, len(sent)) if (sent[i - 1].phase, sent[i].phase) == ("backward", "forward")), 0
-    )
+    before = next((i for i in range(1, len(sent)) if (sent[i - 1].phase, sent[i].phase) == ("backward", "forward")), 0)
     total = Counter(sent)
     for entry, times in Counter(sent[:before]).items():
         total[entry] += times * (num_micro_batches - 2)

@@ -51,8 +51,8 @@ def _pp_problems(config: ParallelConfig, model: ModelConfig) -> list[str]:
     if config.num_stages <= layers:
         return []
     return [
-        f"parallel.pp={config.pp} x pp_stages={config.pp_stages} makes {config.num_stages} stages, but model.pattern has "
-        f"only {layers} layers; lower pp or pp_stages"
+        f"parallel.pp={config.pp} x pp_stages={config.pp_stages} makes {config.num_stages} stages, "
+        f"but model.pattern has only {layers} layers; lower pp or pp_stages"
     ]
 
 

@@ -1,5 +1,7 @@
 """Shard a model over the data axes (FSDP2) and fill it with its initial values."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,8 +32,18 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
             if mixed and getattr(module, "keep_fp32", False):
                 fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=uncast)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    _prefetch(list(model.layers.values()))
     # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+
+
+def _prefetch(blocks: list[nn.Module]) -> None:
+    """Gather each block's parameters while the one before it computes, forward and backward."""
+    for block, following in pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 def materialise(model: HybridLM, device: torch.device, seed: int) -> None:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 def global_norm(gradients: Iterable[torch.Tensor], stages: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The Euclidean norm of all gradients together, a float32 scalar, the same on every rank.
 
-    One all-reduce for each set of mesh axes that gradients are sharded over, and one over the pipeline's `stages`, which
-    hold different parameters; no host synchronisation. Collective.
+    One all-reduce for each set of mesh axes that gradients are sharded over, and one over the pipeline's `stages`,
+    which hold different parameters; no host synchronisation. Collective.
     """
     groups: dict[tuple, list[torch.Tensor]] = defaultdict(list)
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""The tokens just before each segment, from wherever they are: what a convolution or a sliding window reaches back to."""
+"""The tokens just before each segment, wherever they are: what a convolution or a sliding window reaches back to."""
 
 from collections.abc import Callable, Hashable
 

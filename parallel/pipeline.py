@@ -91,8 +91,8 @@ class Pipeline:
             scale: factor of the loss, the same on all ranks.
 
         Returns:
-            The summed loss, a scalar on the device, unscaled: of this rank's rows and, under context parallelism,
-            tokens where the last stage is, zero elsewhere. At least float32.
+            The summed loss, a scalar on the device, unscaled: of this rank's rows (under context parallelism, of its
+            tokens of them) where the last stage is, zero elsewhere; the same on all tp ranks. At least float32.
 
         Raises:
             UserError: as many micro-batches cannot be scheduled (`pipeline_problems`).

@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 from ..errors import UserError
 from ..model.config import ModelConfig
 from .config import ParallelConfig
+from .recompute import Recompute
 
 
 def cut_stages(model_config: ModelConfig, num_stages: int, seq_len: int) -> list[range]:
@@ -63,14 +64,34 @@ def num_micro_batches(rows: int, micro_rows: int) -> int:
     return -(-rows // micro_rows)
 
 
-def pipeline_problems(config: ParallelConfig, rows_per_rank: int, micro_rows: int) -> list[str]:
+def pipeline_problems(
+    config: ParallelConfig,
+    rows_per_rank: int,
+    micro_rows: int,
+    *,
+    recompute: Recompute = "none",
+    compiled: bool = False,
+) -> list[str]:
     """Why the schedule cannot run the micro-batches of `rows_per_rank` rows each data rank has, with what it could.
 
     Args:
         config: valid by itself.
         rows_per_rank: rows of one update on one data rank.
         micro_rows: rows of a micro-batch, at least 1.
+        recompute: what blocks recompute in backward.
+        compiled: whether blocks are compiled.
     """
+    found = []
+    if config.pp > 1 and config.pp_schedule == "zero_bubble" and (recompute != "none" or compiled):
+        found.append(
+            "parallel.pp_schedule=zero_bubble runs each backward pass in two halves, "
+            f"which blocks with train.recompute={recompute}, train.compile={str(compiled).lower()} cannot; "
+            "set recompute=none and compile=false, or pp_schedule=interleaved"
+        )
+    return found + _count_problems(config, rows_per_rank, micro_rows)
+
+
+def _count_problems(config: ParallelConfig, rows_per_rank: int, micro_rows: int) -> list[str]:
     count = num_micro_batches(rows_per_rank, micro_rows)
     if _schedulable(config, count):
         return []

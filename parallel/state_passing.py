@@ -93,7 +93,7 @@ class _Known:
 
 
 class EnteringStates(torch.autograd.Function):
-    """The states that enter this rank's segments, from all segments' summaries, for any operator with a transition class.
+    """The states that enter this rank's segments, for any operator that declares its transition class.
 
     `apply(exchange, *M, *S)` with one `M` and one `S` for each of this rank's segments, any exchange of the same
     transition class; returns one state each, zero where nothing enters. A mixer whose operator offers

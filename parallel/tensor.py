@@ -187,7 +187,7 @@ def _run_with_local_parameters(model: HybridLM, views: dict[str, View]) -> None:
             owner, _, attribute = name.rpartition(".")
             parameters.append((model.get_submodule(owner), attribute, pending.pop(name)))
         module = model.get_submodule(unit)
-        module.forward = LocalParameters(module.forward, parameters)  # type: ignore[method-assign]
+        module.forward = LocalParameters(module.forward, parameters)
 
 
 def _refuse_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

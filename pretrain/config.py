@@ -163,16 +163,18 @@ class Config:
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything wrong with this configuration, for `world_size` processes where that is known."""
         data_ranks = None if world_size is None else self.parallel.data_ranks(world_size)
-        misfits = [self.model.problems(), self.data.problems(), self.train.problems(data_ranks)]
-        misfits.append(self.parallel.problems(world_size))
-        if not any(misfits):
-            misfits.append(fit_problems(self.parallel, self.model, self.data.seq_len))
+        parts = [self.model.problems(), self.data.problems(), self.train.problems(data_ranks)]
+        misfits = []
+        if not any(parts) and not self.parallel.problems():
+            misfits = fit_problems(self.parallel, self.model, self.data.seq_len)
             if data_ranks and self.parallel.pp > 1:
                 rows = self.train.batch_rows // data_ranks
-                misfits.append(pipeline_problems(self.parallel, rows, self.train.micro_batch_rows or rows))
+                misfits += pipeline_problems(self.parallel, rows, self.train.micro_batch_rows or rows)
         return [
             *self.run.problems(),
-            *chain.from_iterable(misfits),
+            *chain.from_iterable(parts),
+            *self.parallel.problems(world_size),
+            *misfits,
             *self.optimizer.problems(),
             *(self.schedule.problems(self.train.steps) if self.train.steps > 0 else []),
             *self.eval.problems(),

@@ -78,8 +78,9 @@ class Engine:
         return torch.stack(losses).sum()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale gradients down to the global norm `max_norm` (0: leave them); the norm before, the same on all ranks."""
-        counted, copies = [], []
+        """Scale gradients down to the global norm `max_norm` (0: leave them); returns the norm before, on all ranks."""
+        counted: list[Tensor] = []
+        copies: list[Tensor] = []
         for model in self.models:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:

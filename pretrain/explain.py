@@ -225,7 +225,7 @@ def _placement(parameter: Tensor, rule: ShardRule) -> str:
         if not placement.is_replicate():
             words.append(f"{axis}: Shard({placement.dim})")  # type: ignore[attr-defined]
         elif axis == "tp" and rule.dim is not None:
-            words.append(f"{axis}: copied, {rule.count} {rule.unit} for {ranks} ranks")
+            words.append(f"{axis}: copied ({rule.unit}={rule.count})")
         else:
             words.append(f"{axis}: Replicate")
     return ", ".join(words) or "whole"

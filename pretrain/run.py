@@ -17,6 +17,7 @@ from ..parallel.mesh import Mesh, World, build_mesh
 from ..parallel.pipeline import Pipeline
 from ..parallel.spread import spread_model
 from ..parallel.stages import cut_stages, stages_of_rank
+from .agreement import check_agreement
 from .config import Config
 from .engine import Engine
 from .metrics import Metrics
@@ -66,6 +67,7 @@ def build_run(config: Config, world: World) -> Run:
     Raises:
         UserError: on every process, when any of them cannot go on.
     """
+    check_agreement(config, world)
     mesh = build_mesh(config.parallel, world)
     data = do_together(lambda: open_data(config))
     folder = do_together(lambda: open_run_folder(config) if world.is_first else None)

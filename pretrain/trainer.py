@@ -10,6 +10,7 @@ from ..data import TokenDataset
 from ..errors import UserError
 from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
+from ..parallel.watch import Watch
 from .config import Config
 from .evaluate import evaluate
 from .resume import Progress
@@ -25,7 +26,7 @@ class Pace:
     seconds: float = 0.0
 
 
-def train(config: Config, world: World, until: int | None = None) -> Progress:
+def train(config: Config, world: World, until: int | None = None, watch: Watch | None = None) -> Progress:
     """Train until `config.train.steps`, from the newest checkpoint of the run folder if it has one. Collective.
 
     With `until` it saves and stops after that step already; the next start goes on as if it had not stopped.
@@ -52,6 +53,8 @@ def train(config: Config, world: World, until: int | None = None) -> Progress:
             skipped_in_a_row = (skipped_in_a_row + skip) * skip
 
             progress.step += 1
+            if watch:
+                watch.step(progress.step)
             progress.next_row += config.train.batch_rows
             progress.tokens += targets
             log = due(progress.step, config.log.every_steps, steps)

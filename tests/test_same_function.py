@@ -7,29 +7,31 @@ Layouts x patterns x rows; the largest relative error of each layout and pattern
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
-from spread import Case, Rows, Step, largest_errors, one_process
 
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.parallel.config import ParallelConfig
+from spread import Case, Rows, Step, largest_errors, one_process
 
 LIMIT = 1e-9
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "parity.md"
 
 
-def model(pattern: str, *, groups: int, tied: bool, **mamba2: object) -> ModelConfig:
+def model(pattern: str, *, groups: int, tied: bool, **mamba2: Any) -> ModelConfig:
     return ModelConfig(
         vocab_size=40,
         d_model=16,
         pattern=pattern,
         tie_embeddings=tied,
-        mamba2=Mamba2Config(head_dim=4, d_state=5, num_groups=groups, num_heads=4, chunk_size=8, **mamba2),  # type: ignore[arg-type]
+        mamba2=replace(Mamba2Config(head_dim=4, d_state=5, num_groups=groups, num_heads=4, chunk_size=8), **mamba2),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, rope_fraction=1.0, bias=True),
         sliding_attention=SlidingAttentionConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.5, window=7),
         mlp=MLPConfig(d_hidden=12, bias=True),

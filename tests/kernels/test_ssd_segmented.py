@@ -1,5 +1,7 @@
 """SSD cut into segments anywhere equals the uncut scan: outputs and all gradients, resets, any lengths."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def with_gradients(inputs: tuple[Tensor | None, ...], y: Tensor) -> list[Tensor]
 def cuts(draw: st.DrawFn) -> tuple[int, list[slice]]:
     lengths = draw(st.lists(st.integers(1, 70), min_size=1, max_size=5))
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    return bounds[-1], [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return bounds[-1], [slice(a, b) for a, b in pairwise(bounds)]
 
 
 @given(cuts(), st.sampled_from([(4, 1), (4, 2), (3, 3)]), st.integers(1, 40), st.integers(0, 99), st.booleans())

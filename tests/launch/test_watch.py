@@ -133,7 +133,7 @@ def test_an_error_of_one_rank_is_reported_by_the_others(tmp_path: Path, data: Pa
     shard.write_bytes(content)
     ranks = start_ranks(tmp_path, copy, 2)
     try:
-        assert sorted(ranks.statuses([0, 1], 60)) == [1, 2]
+        assert sorted(ranks.statuses([0, 1], 200)) == [1, 2]
     finally:
         for process in ranks.processes:
             process.kill()

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spread import Rows, Step, differences, one_process, spread_step
 
 from headrace.model.config import ModelConfig
 from headrace.model.mixers import attention
@@ -22,6 +21,7 @@ from headrace.parallel.attention import attend
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.context import SegmentedContext
 from headrace.parallel.layout import SequenceLayout, contiguous, zigzag
+from spread import Rows, Step, differences, one_process, spread_step
 
 SCALE = 0.4
 

@@ -94,3 +94,12 @@ def test_micro_batches_that_a_schedule_cannot_run_are_named_with_sizes_that_it_c
         16,
     ]
     assert pipeline_problems(ParallelConfig(), 5, 3) == []
+
+
+def test_a_backward_pass_in_halves_goes_with_neither_recomputation_nor_compilation() -> None:
+    config = ParallelConfig(pp=2, pp_stages=2, pp_schedule="zero_bubble")
+    assert pipeline_problems(config, 4, 1) == []
+    for options in ({"recompute": "full"}, {"recompute": "selective"}, {"compiled": True}):
+        (line,) = pipeline_problems(config, 4, 1, **options)  # type: ignore[arg-type]
+        assert "pp_schedule=interleaved" in line
+        assert pipeline_problems(ParallelConfig(pp=2), 4, 1, **options) == []  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
 """Micro-batches, recomputation, first values and mixed precision do not depend on the layout."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from spread import Case, Rows, largest_errors, one_process
 
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
@@ -18,6 +18,7 @@ from headrace.parallel.fsdp import materialise
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.recompute import Recompute, recompute_blocks
 from headrace.parallel.spread import spread_model
+from spread import Case, Rows, largest_errors, one_process
 
 B, L = 8, 21
 
@@ -45,6 +46,22 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 ROWS = Rows(8, 21, (0, 3, 4, 11, 16))
+BARE = replace(
+    model_config(),
+    mamba2=Mamba2Config(
+        num_heads=6, head_dim=4, d_state=5, d_conv=1, conv_bias=False, skip="none", gated_norm="none", num_groups=3
+    ),
+)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(cp=2), ParallelConfig(tp=2), ParallelConfig(cp_virtual=20)])
+def test_a_mixer_without_taps_skip_or_norm(gloo: Callable, parallel: ParallelConfig) -> None:
+    """A convolution that reaches back to nothing, groups that tp does not divide, segments of one token."""
+    case = Case(model=BARE, parallel=parallel, rows=ROWS)
+    for errors in gloo(parallel.cp * parallel.tp, largest_errors, [case], [one_process(BARE, ROWS)]):
+        assert max(errors[0].values()) <= 1e-9, errors
+
+
 STEPS = [
     (1, ParallelConfig(), 8, "none"),
     (2, ParallelConfig(), 4, "none"),
