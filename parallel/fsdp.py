@@ -30,7 +30,8 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
     for block in model.layers.values():
         for module in block.modules():
             if mixed and getattr(module, "keep_fp32", False):
-                fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=uncast)
+                # So few that gathering them twice costs more than keeping them.
+                fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=uncast)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     _prefetch(list(model.layers.values()))
     # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.

@@ -1,5 +1,6 @@
 """Start the process group and name the axes of the mesh."""
 
+import logging
 import os
 import platform
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def start_world(timeout_s: float = 600.0) -> World:
         device, backend = torch.device("cpu"), "gloo"
         prefer_onednn()
         keep_freed_memory()
+    # A parameter cut over tp and then by FSDP is put together in two steps: that is meant, and needs no warning.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

@@ -4,7 +4,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ..kernels.numerics import inside_operator
 from ..model.lm import HybridLM
@@ -20,6 +25,11 @@ SAVED = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
+# FSDP sets them around its work, of which there is less when a block runs again: they are no part of what is computed.
+MARKS = {
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
 
 
 def recompute_blocks(model: HybridLM, how: Recompute) -> None:
@@ -33,6 +43,7 @@ def recompute_blocks(model: HybridLM, how: Recompute) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
+        SAC_IGNORED_OPS.update(MARKS)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.layers.values():
         block.forward = partial(checkpoint, block.forward, **options)

@@ -65,7 +65,7 @@ KINDS = {
     "barrier": "barrier",
     "monitored_barrier": "barrier",
 }
-NOT_SENT = ("wait_tensor", "check_for_nan")
+NOT_SENT = ("wait_tensor", "wrap_tensor_autograd", "check_for_nan")
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 INPUTS = ("input_tensors", "input_tensor", "input_list", "inputs", "input", "tensors", "tensor")
 

@@ -169,7 +169,13 @@ class Config:
             misfits = fit_problems(self.parallel, self.model, self.data.seq_len)
             if data_ranks and self.parallel.pp > 1:
                 rows = self.train.batch_rows // data_ranks
-                misfits += pipeline_problems(self.parallel, rows, self.train.micro_batch_rows or rows)
+                misfits += pipeline_problems(
+                    self.parallel,
+                    rows,
+                    self.train.micro_batch_rows or rows,
+                    recompute=self.train.recompute,
+                    compiled=self.train.compile,
+                )
         return [
             *self.run.problems(),
             *chain.from_iterable(parts),

@@ -102,8 +102,8 @@ def format_table(found: dict[str, list[float]]) -> str:
     lines = [
         "# Parity",
         "",
-        "One training step in float64: the largest relative error of the loss and of every gradient against one process",
-        "without any parallelism, over rows of one document and packed rows. Written by",
+        "One training step in float64: the largest relative error of the loss and of every gradient against one",
+        "process without any parallelism, over rows of one document and packed rows. Written by",
         "`HEADRACE_WRITE_DOCS=1 pytest tests/test_same_function.py`, which fails above 1e-9.",
         "",
         f"| layout | ranks | {' | '.join(PATTERNS)} |",

@@ -182,7 +182,9 @@ def test_no_schedule_adds_up_in_bfloat16(gloo: Callable) -> None:
         Case(looped()),
         Case(looped("zero_bubble")),
         Case(looped(), recompute="full"),
+        Case(looped(), recompute="selective"),
         Case(ParallelConfig(pp=2)),
+        Case(ParallelConfig(pp=2), recompute="selective"),
     ]
     first, *others = (dict(ChainMap(*gloo(2, bfloat16_gradients, case, rows))) for case in cases)
     for gradients in others:
