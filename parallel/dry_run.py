@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +32,7 @@ def fake_world(config: ParallelConfig, rank: int, size: int) -> Iterator[tuple[W
         yield world, build_mesh(config, world)
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # what DTensor remembers names groups that are gone
 
 
 @contextmanager
@@ -55,8 +58,10 @@ def passes_of_step(sent: list[Sent], num_micro_batches: int) -> Counter[Sent]:
 
     Micro-batches before the last are alike: they send all but the reduction of gradients.
     """
-    before = next((i for i in range(1, len(sent)) if (sent[i - 1].phase, sent[i].phase) == ("backward", "forward")), 0)
+    turns = ((a.phase, b.phase) for a, b in pairwise(sent))
+    second = next((i + 1 for i, turn in enumerate(turns) if turn == ("backward", "forward")), 0)
+    first = Counter(entry for entry in sent[:second] if entry.phase != "between")
     total = Counter(sent)
-    for entry, times in Counter(sent[:before]).items():
+    for entry, times in first.items():
         total[entry] += times * (num_micro_batches - 2)
     return total

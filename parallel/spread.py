@@ -35,9 +35,13 @@ def spread_model(
 
 
 def share_sequences(model: HybridLM) -> None:
-    """Set the seams that mixers need where a row's tokens lie on several ranks, in place."""
+    """Set the seams that mixers need where a row's tokens lie on several ranks, in place.
+
+    torch.compile leaves them alone: it would have to see through messages, and inside they are whole operators.
+    """
+    whole = torch.compiler.disable
     for module in model.modules():
         if isinstance(module, Mamba2):
-            module.scan, module.conv = scan, convolve
+            module.scan, module.conv = whole(scan), whole(convolve)
         elif isinstance(module, Attention):
-            module.attend = attend
+            module.attend = whole(attend)

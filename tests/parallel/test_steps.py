@@ -1,5 +1,6 @@
 """Micro-batches, recomputation, first values and mixed precision do not depend on the layout."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -84,6 +85,22 @@ def test_one_step_equals_one_process(
     case = Case(model=model_config(), parallel=parallel, rows=ROWS, micro_rows=micro_rows, recompute=recompute)
     expected = one_process(model_config(), ROWS)
     for errors in gloo(world_size, largest_errors, [case], [expected]):
+        assert max(errors[0].values()) <= 1e-9, errors
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tp=2),
+        ParallelConfig(cp=2),
+        ParallelConfig(cp=2, cp_layout="zigzag", cp_attention="ring"),
+        ParallelConfig(pp=2),
+    ],
+)
+def test_compiled_blocks_compute_the_same(gloo: Callable, parallel: ParallelConfig) -> None:
+    case = Case(model=model_config(), parallel=parallel, rows=ROWS, micro_rows=4, compile=True)
+    for errors in gloo(2, largest_errors, [case], [one_process(model_config(), ROWS)], timeout_s=200):
         assert max(errors[0].values()) <= 1e-9, errors
 
 
