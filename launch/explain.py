@@ -30,8 +30,8 @@ def _layout_lines(found: Explanation) -> list[str]:
         f"{found.world_size} processes: " + " x ".join(f"{axis} {degree}" for axis, degree in found.degrees.items()),
         f"  rank {found.rank} ({places or 'alone'}) holds {held}",
         f"  and works on tokens {tokens} of rows of {found.config.data.seq_len:,}{tp}",
-        f"  an update: {found.rows} rows on this rank in {found.micro_batches} micro-batches, {train.batch_rows} in all",
-        f"  precision {train.precision}, recompute {train.recompute}, optimizer {found.config.optimizer.kind}",
+        f"  an update: {train.batch_rows} rows, of which this rank takes {found.rows} in {found.micro_batches} passes",
+        f"  precision {found.precision}, recompute {train.recompute}, optimizer {found.config.optimizer.kind}",
     ]
     if found.degrees["cp"] > 1:
         lines.append(
@@ -88,7 +88,7 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
     lines = [PARAMETER_ROW.format("parameters", "whole", "placement", "here", "bytes")]
     lines += [PARAMETER_ROW.format(*row) for row in rows[""]]
     for name, numbers in groups.items():
-        lines.append(f"  {name}, each:")
+        lines.append(f"  {name}" + (", each:" if len(numbers) > 1 else ":"))
         lines += [PARAMETER_ROW.format("  " + row[0], *row[1:]) for row in rows[f"layers.{numbers[0]}"]]
     parameters = sum(parameter.parameter_bytes for parameter in found.held)
     optimizer = sum(parameter.optimizer_bytes for parameter in found.held)
@@ -130,7 +130,7 @@ def _traffic_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str
 
 
 def _block_lines(name: str, sent: dict[tuple[str, str, str], tuple[int, int]]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for axis, kind in dict.fromkeys((axis, kind) for axis, kind, _ in sent):
         count, there = sent.get((axis, kind, "forward"), (0, 0))
         more, back = sent.get((axis, kind, "backward"), (0, 0))
@@ -144,9 +144,12 @@ def _block_lines(name: str, sent: dict[tuple[str, str, str], tuple[int, int]]) -
 def _axis_lines(sent: Iterable[tuple[Sent, int]]) -> list[str]:
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for entry, times in sent:
-        totals[entry.axis][0] += times
+        totals[entry.axis][0] += times * (entry.kind != "recv")
         totals[entry.axis][1] += times * entry.sent
-    lines = [f"  over {axis}: {count:,} collectives, {_bytes(total)}" for axis, (count, total) in totals.items()]
+    lines = [
+        f"  over {axis}: {_bytes(total)} in {count:,} collectives or messages"
+        for axis, (count, total) in totals.items()
+    ]
     return [*lines, f"  over all axes: {_bytes(sum(total for _, total in totals.values()))}"]
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +20,29 @@ from .mesh import Mesh, World, build_mesh
 from .traffic import Sent
 
 
+@dataclass(frozen=True)
+class FakeWorld:
+    """What one rank of a run sees.
+
+    Attributes:
+        world, mesh: as the run builds them.
+        mode: makes tensors that have no memory.
+    """
+
+    world: World
+    mesh: Mesh
+    mode: FakeTensorMode
+
+    @contextmanager
+    def tensors(self) -> Iterator[None]:
+        """Tensors made within have no memory; a number that the host asks of one is 1."""
+        with self.mode, _NumbersAreOne():
+            yield
+
+
 @contextmanager
-def fake_world(config: ParallelConfig, rank: int, size: int) -> Iterator[tuple[World, Mesh]]:
-    """The world and mesh that rank `rank` of `size` has. No process group may exist before.
+def fake_world(config: ParallelConfig, rank: int, size: int) -> Iterator[FakeWorld]:
+    """What rank `rank` of `size` sees. No process group may exist before.
 
     Raises:
         UserError: the degrees do not fit the number of processes.
@@ -29,17 +50,11 @@ def fake_world(config: ParallelConfig, rank: int, size: int) -> Iterator[tuple[W
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         world = World(rank, size, torch.device("cpu"))
-        yield world, build_mesh(config, world)
+        # Parameters begin on the meta device, which to the mode is not fake.
+        yield FakeWorld(world, build_mesh(config, world), FakeTensorMode(allow_non_fake_inputs=True))
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # what DTensor remembers names groups that are gone
-
-
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors made within have no memory; a number that the host asks of one is 1."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _NumbersAreOne():
-        yield
 
 
 class _NumbersAreOne(TorchDispatchMode):

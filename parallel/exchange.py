@@ -27,7 +27,6 @@ from .layout import SequenceLayout
 HOP_S = 20e-6
 BYTE_S = {"inside": 1 / 100e9, "across": 1 / 20e9}
 
-# A summary; M is None where nothing can reach it any more.
 Summary = tuple[Tensor, Tensor]
 
 
@@ -162,35 +161,37 @@ class _Scan:
 
     def _doubling(self) -> Generator[None, None, dict[int, Tensor | None]]:
         """After round k a run's `window` holds 2^(k+1) runs up to its own, `before` those of them before it."""
+        compose = self.transition.compose
         window = {run: self._summary(run) for run in self.segments}
         before: dict[int, Summary | None] = dict.fromkeys(self.segments)
-        num_runs, reach = len(self.owners), 1
-        while reach < num_runs:
-            last = reach * 2 >= num_runs
-            sends: list[Message] = []
-            receives: list[Message] = []
-            arrived: dict[int, Tensor] = {}
-            for run in range(num_runs - reach):
-                source, target = self.owners[run], self.owners[run + reach]
-                if source == self.rank:
-                    packed = _pack(window[run], only_state=last)
-                    if target == self.rank:
-                        arrived[run + reach] = packed
-                    else:
-                        sends.append((target, packed))
-                elif target == self.rank:
-                    arrived[run + reach] = torch.empty_like(_pack(window[run + reach], only_state=last))
-                    receives.append((source, arrived[run + reach]))
-            works = start_messages(sends, receives, self.group)
+        reach = 1
+        while reach < len(self.owners):
+            works, arrived = self._send_windows(window, reach)
             yield
             finish(works)
-            for run, packed in arrived.items():
-                earlier = _unpack(packed, window[run], only_state=last)
+            for run, earlier in arrived.items():
                 later = before[run]
-                before[run] = earlier if later is None else self.transition.compose(later, earlier)
-                window[run] = self.transition.compose(window[run], earlier)
+                before[run] = earlier if later is None else compose(later, earlier)
+                window[run] = compose(window[run], earlier)
             reach *= 2
         return {run: None if summary is None else summary[1] for run, summary in before.items()}
+
+    def _send_windows(self, window: dict[int, Summary], reach: int) -> tuple[list[dist.Work], dict[int, Summary]]:
+        """Begin to send every run's window to the run `reach` further; what arrives here, by run."""
+        sends: list[Message] = []
+        receives: list[Message] = []
+        arrived: dict[int, Summary] = {}
+        for run in range(len(self.owners) - reach):
+            source, target = self.owners[run], self.owners[run + reach]
+            if source == self.rank == target:
+                arrived[run + reach] = window[run]
+            elif source == self.rank:
+                sends.append((target, _pack(window[run])))
+            elif target == self.rank:
+                message = torch.empty_like(_pack(window[run + reach]))
+                arrived[run + reach] = _unpack(message, window[run + reach])
+                receives.append((source, message))
+        return start_messages(sends, receives, self.group), arrived
 
     def _gather(self) -> Generator[None, None, dict[int, Tensor | None]]:
         own = [_pack(self._summary(run)) for run in self.segments]
@@ -210,14 +211,12 @@ class _Scan:
         return arriving
 
 
-def _pack(summary: Summary, *, only_state: bool = False) -> Tensor:
-    """A summary as one message; a summary that is composed no further needs only its state."""
-    M, S = summary
-    return S.flatten() if only_state else torch.cat([M.flatten(), S.flatten()])
+def _pack(summary: Summary) -> Tensor:
+    """A summary as one message."""
+    return torch.cat([part.flatten() for part in summary])
 
 
-def _unpack(message: Tensor, like: Summary, *, only_state: bool = False) -> Summary:
+def _unpack(message: Tensor, like: Summary) -> Summary:
+    """The summary in a message, sharing its memory."""
     M, S = like
-    if only_state:
-        return M, message.view(S.shape)
     return message[: M.numel()].view(M.shape), message[M.numel() :].view(S.shape)

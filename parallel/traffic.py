@@ -1,4 +1,4 @@
-"""What is really sent: every collective and message that passes the dispatcher, counted beside the code that asks for it.
+"""What is really sent: every collective and message that passes the dispatcher, counted beside the code that sends.
 
 Bytes are those that this rank sends, by the least that an algorithm for n ranks can do; b is what the rank puts in:
 

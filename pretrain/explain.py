@@ -14,9 +14,9 @@ from ..errors import UserError
 from ..model.config import ModelConfig
 from ..model.lm import HybridLM
 from ..model.rules import ShardRule
-from ..parallel.dry_run import fake_tensors, fake_world, passes_of_step
+from ..parallel.dry_run import FakeWorld, fake_world, passes_of_step
 from ..parallel.layout import LAYOUTS
-from ..parallel.mesh import Mesh, World
+from ..parallel.mesh import Mesh
 from ..parallel.pipeline import Pipeline
 from ..parallel.spread import spread_model
 from ..parallel.stages import cut_stages, stages_of_rank
@@ -59,6 +59,7 @@ class Explanation:
         layers: numbers of the layers it holds.
         tokens: stretches of each row that it works on.
         rows, micro_batches: of one update, on this rank.
+        precision: matrices are multiplied in, where this machine's devices are those of the run.
         held: its parameters.
         sent: each collective and message with how often it occurs.
     """
@@ -72,6 +73,7 @@ class Explanation:
     tokens: list[range]
     rows: int
     micro_batches: int
+    precision: str
     held: list[Held]
     sent: Counter[Sent]
 
@@ -94,15 +96,15 @@ def explain(config: Config, world_size: int, rank: int) -> Explanation:
     config = replace(config, train=replace(config.train, compile=False))
     rows = config.train.batch_rows // config.parallel.data_ranks(world_size)
     micro_rows = config.train.micro_batch_rows or rows
-    with fake_world(config.parallel, rank, world_size) as (world, mesh):
-        engine = _build_engine(config, mesh, world)
-        with fake_tensors():
+    with fake_world(config.parallel, rank, world_size) as fake:
+        mesh, engine = fake.mesh, _build_engine(config, fake)
+        with fake.tensors():
             optimizers = build_optimizers(engine.models, config.optimizer)
         held = [*_held(engine.models, optimizers)]
         if config.parallel.pp > 1:
-            sent = Counter(_whole_step(engine, optimizers, rows))
+            sent = Counter(_whole_step(engine, optimizers, rows, fake))
         else:
-            sent = _short_passes(config, mesh, world, rows) + Counter(_update(engine, optimizers))
+            sent = _short_passes(config, rows, fake) + Counter(_update(engine, optimizers, fake))
         return Explanation(
             config,
             world_size,
@@ -113,14 +115,20 @@ def explain(config: Config, world_size: int, rank: int) -> Explanation:
             tokens=_tokens(config, mesh),
             rows=rows,
             micro_batches=-(-rows // micro_rows),
+            precision=str(_dtype(config)).removeprefix("torch."),
             held=held,
             sent=sent,
         )
 
 
-def _build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
+def _dtype(config: Config) -> torch.dtype:
+    """What a run on this machine's devices computes in; the dry run itself is on the CPU."""
+    return compute_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _build_engine(config: Config, fake: FakeWorld) -> Engine:
     """As `run.build_engine`, but for initial values, which would take most of the time."""
-    parallel, dtype = config.parallel, compute_dtype(config, world.device)
+    mesh, parallel, dtype = fake.mesh, config.parallel, _dtype(config)
     cuts = cut_stages(config.model, parallel.num_stages, config.data.seq_len)
     mine = stages_of_rank(parallel, mesh.rank("pp"))
     models = []
@@ -128,24 +136,24 @@ def _build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
         with torch.device("meta"):
             models.append(HybridLM(config.model, cuts[stage]))
         spread_model(models[-1], mesh, parallel, compute_dtype=dtype, recompute=config.train.recompute)
-    with fake_tensors():
+    with fake.tensors():
         for model in models:
-            model.to_empty(device=world.device)
+            model.to_empty(device=fake.world.device)
         stages = list(zip(mine, models, strict=True))
         pipeline = Pipeline(stages, mesh, parallel, compute_dtype=dtype) if parallel.pp > 1 else None
-    return Engine(config, world, mesh, models, pipeline)
+    return Engine(config, fake.world, mesh, models, pipeline)
 
 
-def _whole_step(engine: Engine, optimizers: list[Optimizer], rows: int) -> list[Sent]:
-    with fake_tensors(), Traffic(engine.mesh, engine.models) as traffic:
+def _whole_step(engine: Engine, optimizers: list[Optimizer], rows: int, fake: FakeWorld) -> list[Sent]:
+    with fake.tensors(), Traffic(engine.mesh, engine.models) as traffic:
         engine.forward_backward(_fake_batch(rows, engine.config.data.seq_len))
         _finish_update(engine, optimizers)
     return traffic.sent
 
 
-def _update(engine: Engine, optimizers: list[Optimizer]) -> list[Sent]:
+def _update(engine: Engine, optimizers: list[Optimizer], fake: FakeWorld) -> list[Sent]:
     """What is sent between the last backward pass and the next step."""
-    with fake_tensors(), Traffic(engine.mesh) as traffic:
+    with fake.tensors(), Traffic(engine.mesh) as traffic:
         for parameter in engine.named_parameters().values():
             parameter.grad = torch.zeros_like(parameter)
         for model in engine.models:
@@ -160,7 +168,7 @@ def _finish_update(engine: Engine, optimizers: list[Optimizer]) -> None:
         optimizer.step(1.0, torch.zeros((), device=engine.device))
 
 
-def _short_passes(config: Config, mesh: Mesh, world: World, rows: int) -> Counter[Sent]:
+def _short_passes(config: Config, rows: int, fake: FakeWorld) -> Counter[Sent]:
     """What the passes of a step send, from a model with one layer of each kind and a step of two micro-batches.
 
     Layers of a kind send alike, and so do micro-batches before the last.
@@ -168,8 +176,8 @@ def _short_passes(config: Config, mesh: Mesh, world: World, rows: int) -> Counte
     micro_rows = config.train.micro_batch_rows or rows
     count = -(-rows // micro_rows)
     last = rows - (count - 1) * micro_rows
-    engine = _build_engine(replace(config, model=_one_of_each_kind(config)), mesh, world)
-    with fake_tensors(), Traffic(mesh, engine.models) as traffic:
+    engine = _build_engine(replace(config, model=_one_of_each_kind(config)), fake)
+    with fake.tensors(), Traffic(fake.mesh, engine.models) as traffic:
         engine.forward_backward(_fake_batch(last if count == 1 else micro_rows + last, config.data.seq_len))
     end = max((i + 1 for i, entry in enumerate(traffic.sent) if entry.phase != "between"), default=0)
     kinds = engine.models[0].config.kinds

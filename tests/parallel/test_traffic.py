@@ -14,7 +14,7 @@ from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba2 import Mamba2Config, ScanInputs
 from headrace.parallel.config import Exchange, ParallelConfig
 from headrace.parallel.context import share_row
-from headrace.parallel.dry_run import fake_tensors, fake_world
+from headrace.parallel.dry_run import fake_world
 from headrace.parallel.mesh import Mesh, World, build_mesh
 from headrace.parallel.recompute import Recompute
 from headrace.parallel.state_passing import convolve, scan
@@ -60,8 +60,8 @@ def mixer_in_gloo(config: ParallelConfig, tokens: int) -> list[Sent]:
 def mixer_in_fake_world(config: ParallelConfig, tokens: int) -> list[list[Sent]]:
     found = []
     for rank in range(config.cp):
-        with fake_world(config, rank, config.cp) as (_, mesh), fake_tensors():
-            found.append(mixer(mesh, config, tokens))
+        with fake_world(config, rank, config.cp) as fake, fake.tensors():
+            found.append(mixer(fake.mesh, config, tokens))
     return found
 
 
