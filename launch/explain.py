@@ -8,7 +8,7 @@ from ..pretrain.explain import Explanation, Held
 
 # Of a parameter: name, whole shape, placement, local shape, bytes; of what is sent: see `_traffic_lines`.
 PARAMETER_ROW = "  {:<27} {:>15}  {:<44} {:>13} {:>13}"
-TRAFFIC_ROW = "  {:<38} {:<12} {:<15} {:>7} {:>12} {:>9} {:>12}"
+TRAFFIC_ROW = "  {:<41} {:<12} {:<14} {:>7} {:>13} {:>8} {:>13}"
 
 Row = tuple[str, ...]
 
@@ -124,7 +124,7 @@ def _traffic_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str
     for name, numbers in groups.items():
         lines += _block_lines(name + (", each" if len(numbers) > 1 else ""), totals.get(f"layers.{numbers[0]}", {}))
     lines += _block_lines("between the passes", totals.get("", {}))
-    lines.append("  " + "-" * 110)
+    lines.append("  " + "-" * 114)
     lines += _axis_lines(found.sent.items())
     return lines
 

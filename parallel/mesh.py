@@ -53,8 +53,6 @@ def start_world(timeout_s: float = 600.0) -> World:
         device, backend = torch.device("cpu"), "gloo"
         prefer_onednn()
         keep_freed_memory()
-    # A parameter cut over tp and then by FSDP is put together in two steps: that is meant, and needs no warning.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -152,6 +150,8 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
     """
     if problems := config.problems(world.size):
         raise UserError("; ".join(problems), everywhere=True)
+    # A parameter cut over tp and then by FSDP is put together in two steps: that is meant, and needs no warning.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     shard = config.shard_degree(world.size)
     dense = {"pp": config.pp, "dp_replicate": config.dp_replicate, "fsdp": shard * config.cp, "tp": config.tp}
     tokens = {"pp": config.pp, "dp_replicate": config.dp_replicate, "dp_shard": shard, "cp": config.cp, "tp": config.tp}
