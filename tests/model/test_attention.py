@@ -90,8 +90,22 @@ def test_flex_attention_sees_the_same_keys(window: int | None, rows: int) -> Non
     q = torch.randn(rows, 4, L, 16, generator=generator)
     k, v = torch.randn(2, rows, 2, L, 16, generator=generator)
     dense = attend(q, k, v, seq, window=window, scale=0.2)
-    blocks = flex_attention(q, k, v, block_mask=_block_mask(position, window), scale=0.2, enable_gqa=True)
+    blocks = flex_attention(q, k, v, block_mask=_block_mask(position, L, window), scale=0.2, enable_gqa=True)
     torch.testing.assert_close(blocks, dense, rtol=1e-5, atol=1e-5)
+    # The last queries alone, with all keys, as a segment of a row has them.
+    part = flex_attention(
+        q[:, :, 70:], k, v, block_mask=_block_mask(position[:, 70:], L, window), scale=0.2, enable_gqa=True
+    )
+    torch.testing.assert_close(part, dense[:, :, 70:], rtol=1e-5, atol=1e-5)
+
+
+def test_keys_before_a_row_of_one_document_are_not_taken_for_its_own() -> None:
+    """A window's halo makes more keys than queries: plain causal order would then hide and show the wrong ones."""
+    q, k, v = torch.randn(3, 1, 2, 10, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    halo = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
+    alone = attend(q, k, v, SequenceContext(), window=20, scale=0.2)
+    padded = (torch.cat([halo, value], 2) for value in (k, v))
+    torch.testing.assert_close(attend(q, *padded, SequenceContext(), window=20, scale=0.2), alone)
 
 
 def test_mask_by_hand() -> None:

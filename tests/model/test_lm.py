@@ -47,7 +47,7 @@ def test_residual_stream_dtype(wide: bool, small_models: dict[str, ModelConfig],
     )
     model = build(config, torch.bfloat16)
     seen: list[torch.dtype] = []
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         layer.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     logits = model(torch.zeros(1, 4, dtype=torch.long))
@@ -63,7 +63,7 @@ def test_blocks_can_be_recomputed(small_models: dict[str, ModelConfig], build: B
     model(tokens, SequenceContext(reset), targets)[0].backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.forward = lambda x, seq, plain=layer.forward: checkpoint(plain, x, seq, use_reentrant=False)
     model(tokens, SequenceContext(reset), targets)[0].backward()
     for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def test_blocks_can_be_recomputed(small_models: dict[str, ModelConfig], build: B
 
 def test_a_parameter_without_a_rule_is_named() -> None:
     model = HybridLM(ModelConfig(vocab_size=8, d_model=8, pattern="mlp"))
-    model.layers[0].mixer.extra = torch.nn.Parameter(torch.zeros(2))
+    model.layers["0"].mixer.extra = torch.nn.Parameter(torch.zeros(2))
     model.register_buffer("table", torch.zeros(2))
     with pytest.raises(ValueError, match=r"buffer table, parameter layers\.0\.mixer\.extra"):
         collect_rules(model)
