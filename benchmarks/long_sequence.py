@@ -54,7 +54,7 @@ def step(length: int, ranks: int) -> None:
     generator = torch.Generator().manual_seed(1)
     row = torch.randint(256, (1, length + 1), generator=generator)
     reset = torch.rand(1, length, generator=generator) < 1e-4
-    (tokens, targets), seq = share_row(parallel, mesh.group("cp"), [row[:, :-1], row[:, 1:]], reset)
+    (tokens, targets), seq = share_row(parallel, mesh, [row[:, :-1], row[:, 1:]], reset)
     dist.barrier()
     before, began, cpu = peak_bytes(), time.perf_counter(), time.process_time()
     loss_sum, _ = model(tokens, seq, targets)

@@ -12,7 +12,20 @@ joined in any order. Each operator declares its transition class, the shape that
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+# An operator of its own: selective recomputation counts the calls of plain products, and an exchange whose result is
+# remembered is not called again.
+@torch.library.custom_op("headrace::transition_product", mutates_args=())
+def _matrix_product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
+
+
+@_matrix_product.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,11 @@ class Transition:
 
     def apply(self, M: Tensor, S: Tensor) -> Tensor:
         """`M S`."""
-        return M @ S if self.dense else M.view(*M.shape, *(1,) * (S.dim() - M.dim())) * S
+        return _matrix_product(M, S) if self.dense else M.view(*M.shape, *(1,) * (S.dim() - M.dim())) * S
 
     def multiply(self, M2: Tensor, M1: Tensor) -> Tensor:
         """`M2 M1`, the transition of the earlier stretch 1 and the later stretch 2 together."""
-        return M2 @ M1 if self.dense else M2 * M1
+        return _matrix_product(M2, M1) if self.dense else M2 * M1
 
     def adjoint(self, M: Tensor) -> Tensor:
         """The transpose, by which gradients travel back through a stretch."""

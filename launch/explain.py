@@ -93,10 +93,14 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
     parameters = sum(parameter.parameter_bytes for parameter in found.held)
     optimizer = sum(parameter.optimizer_bytes for parameter in found.held)
     whole = found.config.model.num_params()
+    # Until the last micro-batch FSDP adds gradients up before it shares them out.
+    apart = found.degrees["dp_shard"] * found.degrees["cp"] if found.micro_batches > 1 else 1
+    gradients = apart * parameters
+    between = f" (not shared out over fsdp between {found.micro_batches} micro-batches)" if apart > 1 else ""
     return [
         *lines,
-        f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(parameters)}, optimizer state "
-        f"{_bytes(optimizer)}, together {_bytes(2 * parameters + optimizer)}",
+        f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}{between}, optimizer state "
+        f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
         f"  the whole model has {whole:,} parameters",
     ]
 

@@ -62,7 +62,13 @@ class SequenceContext:
         return self._shared[key]
 
     def enter(self, rows: int, length: int) -> None:
-        """Note the shape of the tokens that the pass begins with."""
+        """Note the shape of the tokens that the pass begins with.
+
+        Raises:
+            ValueError: the context has served another pass; a stream of `states` alone goes on with the same one.
+        """
+        if "shape" in self._shared:
+            raise ValueError("a sequence context serves one forward pass; make another for the next")
         self._shared["shape"] = rows, length
 
     @property

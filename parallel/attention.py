@@ -26,9 +26,9 @@ def attend(
     kv = torch.cat([k_BJSP, v_BJSP], -1)
     before = _windows(kv, seq, window) if window is not None else _rows(kv, seq)
     parts = []
-    for segment, kv_BJS2P in zip(seq.segments, before, strict=True):
+    own = q_BHLP.split(seq.layout.lengths(seq.rank), 2)
+    for segment, q, kv_BJS2P in zip(seq.segments, own, before, strict=True):
         k, v = kv_BJS2P.chunk(2, -1)
-        q = q_BHLP[:, :, seq.layout.place(segment)]
         parts.append(attention.attend(q, k, v, seq.segment(segment, q.device), window=window, scale=scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -37,8 +37,7 @@ def _windows(kv: Tensor, seq: SegmentedContext, window: int) -> list[Tensor]:
     """Keys and values of each segment with those that its first query's window reaches back to."""
     before = halos(kv, seq, min(window - 1, seq.layout.length), 2)
     return [
-        torch.cat([halo, kv[:, :, seq.layout.place(segment)]], 2)
-        for segment, halo in zip(seq.segments, before, strict=True)
+        torch.cat([halo, own], 2) for halo, own in zip(before, kv.split(seq.layout.lengths(seq.rank), 2), strict=True)
     ]
 
 

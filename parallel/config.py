@@ -57,7 +57,7 @@ class ParallelConfig:
     @property
     def num_segments(self) -> int:
         """Segments that a row is cut into."""
-        return self.cp * self.cp_virtual * (2 if self.cp_layout == "zigzag" else 1)
+        return self.cp * self.cp_virtual * (2 if self.cp_layout == "zigzag" and self.cp > 1 else 1)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every degree out of range, or, for a known `world_size`, that does not divide it."""

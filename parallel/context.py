@@ -11,6 +11,7 @@ from torch import Tensor
 from ..model.sequence import SequenceContext
 from .config import ParallelConfig
 from .layout import LAYOUTS, SequenceLayout
+from .mesh import Mesh
 
 T = TypeVar("T")
 
@@ -23,12 +24,14 @@ class SegmentedContext(SequenceContext):
         layout: which rank holds which segment of a row.
         group: the ranks of the axis.
         config: how states, keys and values travel.
+        on_one_machine: whether the ranks of the axis are.
         row_reset_BL: as `reset_BL`, over whole rows; the same on every rank of the axis.
     """
 
     layout: SequenceLayout
     group: dist.ProcessGroup
     config: ParallelConfig
+    on_one_machine: bool = False
     row_reset_BL: Tensor | None = None
 
     @property
@@ -95,7 +98,7 @@ class SegmentContext(SequenceContext):
 
 
 def share_row(
-    config: ParallelConfig, group: dist.ProcessGroup, tensors: list[Tensor], reset_BL: Tensor | None
+    config: ParallelConfig, mesh: Mesh, tensors: list[Tensor], reset_BL: Tensor | None
 ) -> tuple[list[Tensor], SequenceContext]:
     """This rank's part of tensors that hold whole rows `(B, L)`, and the context that says where they lie.
 
@@ -105,7 +108,13 @@ def share_row(
     if config.num_segments == 1:
         return tensors, SequenceContext(reset_BL=reset_BL)
     layout = LAYOUTS[config.cp_layout](tensors[0].shape[1], config.cp, config.cp_virtual)
-    rank = dist.get_rank(group)
-    own = None if reset_BL is None else layout.take(reset_BL, rank)
-    context = SegmentedContext(reset_BL=own, layout=layout, group=group, config=config, row_reset_BL=reset_BL)
+    rank = mesh.rank("cp")
+    context = SegmentedContext(
+        reset_BL=None if reset_BL is None else layout.take(reset_BL, rank),
+        layout=layout,
+        group=mesh.group("cp"),
+        config=config,
+        on_one_machine=mesh.cp_on_one_machine,
+        row_reset_BL=reset_BL,
+    )
     return [layout.take(tensor, rank) for tensor in tensors], context

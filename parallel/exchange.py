@@ -10,9 +10,9 @@ message inside) and S the bytes of a state:
 - `gather`: one all-gather of all summaries, (n - 1) (S + M); each rank composes what comes before it.
 """
 
-import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -23,21 +23,23 @@ from .comm import Message, finish, gather_stack, start_messages
 from .config import Exchange
 from .layout import SequenceLayout
 
-# What a hop and a byte cost between processes of one machine and of several, for `choose`: seconds.
+# What a hop and a byte are taken to cost between processes of one machine and of several, for `choose`: seconds.
 HOP_S = 20e-6
 BYTE_S = {"inside": 1 / 100e9, "across": 1 / 20e9}
 
 Summary = tuple[Tensor, Tensor]
 
 
-def choose(num_runs: int, state_bytes: int, ranks_inside: int | None = None) -> Exchange:
-    """The exchange that takes the least time for `num_runs` runs, on machines of `ranks_inside` processes each."""
-    inside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks_inside is None else ranks_inside
-    byte_s = BYTE_S["inside" if inside >= num_runs else "across"] * state_bytes
+def choose(num_runs: int, ranks: int, state_bytes: int, *, on_one_machine: bool) -> Exchange:
+    """The exchange that should take the least time for `num_runs` runs of segments on `ranks` ranks.
+
+    All ranks must ask alike. Between two runs all are the same; beyond, `chain` sends least, but in the most hops.
+    """
+    byte_s = BYTE_S["inside" if on_one_machine else "across"] * state_bytes
     hops = num_runs - 1
     seconds: dict[Exchange, float] = {
         "chain": hops * (HOP_S + byte_s),
-        "doubling": hops.bit_length() * (HOP_S + byte_s),
+        "doubling": hops.bit_length() * (HOP_S + -(-num_runs // ranks) * byte_s),
         "gather": HOP_S + hops * byte_s,
     }
     return min(seconds, key=lambda name: seconds[name])
@@ -52,17 +54,24 @@ class StateExchange:
         group: the ranks of the context-parallel axis.
         how: `chain`, `doubling`, `gather`, or `auto` by `choose`.
         transition: how the operator's `M` acts.
+        on_one_machine: whether the ranks are, for `choose`.
     """
 
     layout: SequenceLayout
     group: dist.ProcessGroup
     how: Exchange
     transition: Transition
+    on_one_machine: bool = False
 
     def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> "Running":
         """Begin with the summaries of this rank's segments, in order; see `kernels/ssd/segmented.py`."""
         scan = _Scan(self, dist.get_rank(self.group), M, S, reverse)
         return Running(scan.run(), S[0])
+
+
+@cache
+def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Running:
@@ -73,7 +82,7 @@ class Running:
         self._arrived: list[Tensor | None] | None = None
         self._stream: torch.cuda.Stream | None = None
         if like.is_cuda:
-            self._stream = torch.cuda.Stream()
+            self._stream = _exchange_stream(like.device)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._finish()
@@ -118,7 +127,7 @@ class _Scan:
         self.M, self.S = M, S
         self.how = exchange.how
         if self.how == "auto":
-            self.how = choose(len(runs), S[0].nbytes)
+            self.how = choose(len(runs), layout.num_ranks, S[0].nbytes, on_one_machine=exchange.on_one_machine)
 
     def run(self) -> Generator[None, None, list[Tensor | None]]:
         """Yields while messages are under way; returns what arrives at each of this rank's segments."""
@@ -188,7 +197,8 @@ class _Scan:
             elif source == self.rank:
                 sends.append((target, _pack(window[run])))
             elif target == self.rank:
-                message = torch.empty_like(_pack(window[run + reach]))
+                M, S = window[run + reach]
+                message = S.new_empty(M.numel() + S.numel())
                 arrived[run + reach] = _unpack(message, window[run + reach])
                 receives.append((source, message))
         return start_messages(sends, receives, self.group), arrived
@@ -205,7 +215,8 @@ class _Scan:
         state: Tensor | None = None
         for run, owner in enumerate(self.owners):
             if run in self.segments:
-                arriving[run] = state
+                # A copy: what is remembered of it should not keep all runs' summaries.
+                arriving[run] = None if state is None else state.clone()
             M, S = _unpack(all_runs[next(place[owner])], like)
             state = S if state is None else self.transition.apply(M, state) + S
         return arriving

@@ -43,7 +43,9 @@ def _prefetch(blocks: list[nn.Module]) -> None:
     for block, following in pairwise(blocks):
         assert isinstance(block, FSDPModule)
         assert isinstance(following, FSDPModule)
-        block.set_modules_to_forward_prefetch([following])
+        # Inner groups first: they are small, and would wait behind the block's where they are needed at once.
+        inner = [m for m in following.modules() if m is not following and isinstance(m, FSDPModule)]
+        block.set_modules_to_forward_prefetch([*inner, following])
         following.set_modules_to_backward_prefetch([block])
 
 

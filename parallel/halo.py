@@ -51,11 +51,16 @@ def halos(x: Tensor, seq: SegmentedContext, reach: int, dim: int, remember_as: H
 
 def halo_is_cut_off(seq: SegmentedContext, segment: int, reach: int) -> Tensor | None:
     """Which of the `reach` tokens before a segment are of another document than its last, `(B, reach)`, or None."""
-    if seq.row_reset_BL is None:
+    reset_BL = seq.row_reset_BL
+    if reset_BL is None:
         return None
     start = seq.layout.bounds[segment]
     there = min(reach, start)
-    starts_BK = seq.row_reset_BL[:, start - there : start]
-    # A token is cut off when a document starts after it and before the segment.
-    later_BK = starts_BK.flip(1).cumsum(1).flip(1) - starts_BK.long()
-    return torch.nn.functional.pad(later_BK > 0, (reach - there, 0), value=True)
+
+    def make() -> Tensor:
+        starts_BK = reset_BL[:, start - there : start]
+        # A token is cut off when a document starts after it and before the segment.
+        later_BK = starts_BK.flip(1).cumsum(1).flip(1) - starts_BK.long()
+        return torch.nn.functional.pad(later_BK > 0, (reach - there, 0), value=True)
+
+    return seq.shared(("cut off", segment, reach), make)

@@ -88,8 +88,8 @@ def contiguous(length: int, ranks: int, virtual: int = 1) -> SequenceLayout:
 
 
 def zigzag(length: int, ranks: int, virtual: int = 1) -> SequenceLayout:
-    """Two stretches each, the r-th and the r-th from the end, so that all ranks see as much of a causal past."""
-    order = [*range(ranks), *reversed(range(ranks))]
+    """Two stretches each, the r-th and the r-th from the end, so that all see as much of the past; one on one rank."""
+    order = [*range(ranks), *reversed(range(ranks))] if ranks > 1 else [0]
     owners = tuple(r for r in order for _ in range(virtual))
     return SequenceLayout(owners, cut_evenly(length, len(owners)))
 

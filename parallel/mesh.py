@@ -85,10 +85,12 @@ class Mesh:
     Attributes:
         dense: `(pp, dp_replicate, fsdp, tp)`, where `fsdp` is `dp_shard` and `cp` together: parameters live here.
         tokens: `(pp, dp_replicate, dp_shard, cp, tp)`, the same processes in the same order: tokens live here.
+        cp_on_one_machine: whether this process's `cp` group lies on one machine; the same for all its ranks.
     """
 
     dense: DeviceMesh
     tokens: DeviceMesh
+    cp_on_one_machine: bool
 
     def size(self, axis: str) -> int:
         """The degree of an axis."""
@@ -134,7 +136,8 @@ class Mesh:
         return self.data_ranks * self.size("cp")
 
     def _with(self, axis: str) -> DeviceMesh:
-        return self.tokens if axis in _axes(self.tokens) else self.dense
+        # An axis of both is asked for on one of them: two groups of the same processes would be two communicators.
+        return self.dense if axis in _axes(self.dense) else self.tokens
 
 
 def _axes(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -159,4 +162,17 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
     def build(degrees: dict[str, int]) -> DeviceMesh:
         return init_device_mesh(world.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
 
-    return Mesh(build(dense), build(tokens))
+    dense_mesh, tokens_mesh = build(dense), build(tokens)
+    group = dist.get_process_group_ranks(tokens_mesh.get_group("cp"))
+    machines = _machines(world)
+    return Mesh(dense_mesh, tokens_mesh, len({machines[rank] for rank in group}) == 1)
+
+
+def _machines(world: World) -> list[str]:
+    """The machine of every process; with a `fake` process group, as if each had LOCAL_WORLD_SIZE processes, or 8."""
+    if dist.get_backend() == "fake":
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+        return [str(rank // share) for rank in range(world.size)]
+    machines = [""] * world.size
+    dist.all_gather_object(machines, platform.node())
+    return machines

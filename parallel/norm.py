@@ -14,15 +14,15 @@ from ..model.norms import GatedRMSNorm
 
 def spread_gated_norm(norm: GatedRMSNorm, x_BLd: Tensor, z_BLd: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """`GatedRMSNorm.forward` on this rank's channels. Collective over `group`: one small all-reduce each way."""
-    groups = _group_of_block(len(norm.weight), norm.group_size, group)
-    return _SpreadNorm.apply(x_BLd, z_BLd, norm.weight, norm, groups.to(x_BLd.device), group)
+    groups = _group_of_block(len(norm.weight), norm.group_size, group, x_BLd.device)
+    return _SpreadNorm.apply(x_BLd, z_BLd, norm.weight, norm, groups, group)
 
 
-def _group_of_block(channels: int, group_size: int, group: dist.ProcessGroup) -> Tensor:
+def _group_of_block(channels: int, group_size: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
     """Which group each block of this rank's channels belongs to, as ones and zeros `(blocks, groups)`."""
     block = math.gcd(channels, group_size)
     first = dist.get_rank(group) * channels // block
-    of_block = torch.arange(first, first + channels // block) * block // group_size
+    of_block = torch.arange(first, first + channels // block, device=device) * block // group_size
     return F.one_hot(of_block, channels * dist.get_world_size(group) // group_size)
 
 

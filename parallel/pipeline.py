@@ -197,9 +197,9 @@ class _Stage(PipelineStage):
     """One stage as torch's schedules run it: a micro-batch's context is made where it is needed."""
 
     def __init__(self, pipeline: Pipeline, number: int, model: HybridLM, micro_rows: int, length: int) -> None:
-        self.config, self.cp_group = pipeline.config, pipeline.mesh.group("cp")
+        self.config, self.mesh = pipeline.config, pipeline.mesh
         tokens_BL = torch.empty(micro_rows, length, dtype=torch.int64, device="meta")
-        (own_BL,), _ = share_row(self.config, self.cp_group, [tokens_BL], None)
+        (own_BL,), _ = share_row(self.config, self.mesh, [tokens_BL], None)
         activation = pipeline._activation(*own_BL.shape).requires_grad_()
         loss = torch.empty((), dtype=torch.promote_types(activation.dtype, torch.float32), device="meta")
         super().__init__(
@@ -225,7 +225,7 @@ class _Stage(PipelineStage):
         self, x: Tensor, *, tokens_BL: Tensor, targets_BL: Tensor, reset_BL: Tensor | None = None
     ) -> Tensor:
         """The stage's forward pass; `x` is what came from the stage before."""
-        (tokens_BL, targets_BL), seq = share_row(self.config, self.cp_group, [tokens_BL, targets_BL], reset_BL)
+        (tokens_BL, targets_BL), seq = share_row(self.config, self.mesh, [tokens_BL, targets_BL], reset_BL)
         out = self.submod(tokens_BL, seq, targets_BL, inflow_BLD=None if self.is_first else x)
         if not self.is_last:
             return out.contiguous()

@@ -26,6 +26,7 @@ SAVED = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
 # FSDP sets them around its work, of which there is less when a block runs again: they are no part of what is computed.
+# torch has one set for the whole process.
 MARKS = {
     torch.ops.profiler._record_function_enter_new.default,
     torch.ops.profiler._record_function_exit._RecordFunction,

@@ -1,7 +1,11 @@
 """Everything that is done to a model so that it runs as a layout says; the model's own code knows nothing of it."""
 
+from collections.abc import Callable
+
 import torch
 
+from ..model.block import Block
+from ..model.ffns.mlp import MLP
 from ..model.lm import HybridLM
 from ..model.mixers.attention import Attention
 from ..model.mixers.mamba2 import Mamba2
@@ -12,6 +16,13 @@ from .mesh import Mesh
 from .recompute import Recompute, recompute_blocks
 from .state_passing import convolve, scan
 from .tensor import shard_tensors
+
+# What each kind of layer calls where the tokens of a row lie on several ranks; {} for layers that do not mix tokens.
+SEAMS: dict[type, dict[str, Callable]] = {
+    Mamba2: {"scan": scan, "conv": convolve},
+    Attention: {"attend": attend},
+    MLP: {},
+}
 
 
 def spread_model(
@@ -38,10 +49,14 @@ def share_sequences(model: HybridLM) -> None:
     """Set the seams that mixers need where a row's tokens lie on several ranks, in place.
 
     torch.compile leaves them alone: it would have to see through messages, and inside they are whole operators.
+
+    Raises:
+        ValueError: a layer that mixes tokens has no seams here; it would mix those of one rank only.
     """
-    whole = torch.compiler.disable
-    for module in model.modules():
-        if isinstance(module, Mamba2):
-            module.scan, module.conv = whole(scan), whole(convolve)
-        elif isinstance(module, Attention):
-            module.attend = whole(attend)
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        seams = SEAMS.get(type(block.mixer))
+        if seams is None:
+            raise ValueError(f"{type(block.mixer).__name__} cannot share rows over cp; give its seams in SEAMS")
+        for name, seam in seams.items():
+            setattr(block.mixer, name, torch.compiler.disable(seam))

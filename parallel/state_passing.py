@@ -46,14 +46,13 @@ def convolve(
         return mamba2.convolve(x_BLF, weight_FK, bias_F, past, seq, layer)
     reach = weight_FK.shape[1] - 1
     parts = []
-    for segment, halo_BKF in zip(seq.segments, halos(x_BLF, seq, reach, 1, ("conv", layer)), strict=True):
-        place = seq.layout.place(segment)
+    before = halos(x_BLF, seq, reach, 1, ("conv", layer))
+    own = x_BLF.split(seq.layout.lengths(seq.rank), 1)
+    for segment, halo_BKF, x_BSF in zip(seq.segments, before, own, strict=True):
         if (cut_off := halo_is_cut_off(seq, segment, reach)) is not None:
             halo_BKF = halo_BKF.masked_fill(cut_off[..., None], 0.0)
-        reset = None if seq.reset_BL is None else seq.reset_BL[:, place]
-        part, _ = causal_conv1d(
-            x_BLF[:, place], weight_FK, bias_F, activation="silu", initial_state=halo_BKF, reset=reset
-        )
+        reset = None if seq.reset_BL is None else seq.reset_BL[:, seq.layout.place(segment)]
+        part, _ = causal_conv1d(x_BSF, weight_FK, bias_F, activation="silu", initial_state=halo_BKF, reset=reset)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
 
@@ -68,7 +67,10 @@ class RememberedExchange:
 
     def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> Pending:
         """See `StateExchange.start`."""
-        exchange = StateExchange(self.seq.layout, self.seq.group, self.seq.config.cp_exchange, self.transition)
+        seq = self.seq
+        exchange = StateExchange(
+            seq.layout, seq.group, seq.config.cp_exchange, self.transition, on_one_machine=seq.on_one_machine
+        )
         if reverse:
             return exchange.start(M, S, reverse=True)
         known = self.seq.recall(self.key)
@@ -121,7 +123,8 @@ class EnteringStates(torch.autograd.Function):
     def backward(ctx: Any, *dentering: Tensor) -> tuple[Tensor | None, ...]:
         """The exchange in reverse; `dM` from what leaves a segment and what entered it."""
         half = len(dentering)
-        M, entering = list(ctx.saved_tensors[:half]), ctx.saved_tensors[half:]
+        saved = ctx.saved_tensors  # unpacked once: a checkpointed region can be read only once
+        M, entering = list(saved[:half]), saved[half:]
         arrived = ctx.exchange.start(M, list(dentering), reverse=True).wait()
         dleaving = [torch.zeros_like(d) if g is None else g for d, g in zip(dentering, arrived, strict=True)]
         gradient = ctx.exchange.transition.gradient

@@ -166,9 +166,9 @@ class LocalParameters:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Swap, run, and put the parameters back, so that FSDP finds what it left."""
         kept = [module._parameters[name] for module, name, _ in self.parameters]
-        for (module, name, view), parameter in zip(self.parameters, kept, strict=True):
-            module._parameters[name] = view(parameter)  # type: ignore[arg-type, assignment]
         try:
+            for (module, name, view), parameter in zip(self.parameters, kept, strict=True):
+                module._parameters[name] = view(parameter)  # type: ignore[arg-type, assignment]
             return self.forward(*args, **kwargs)
         finally:
             for (module, name, _), parameter in zip(self.parameters, kept, strict=True):

@@ -70,8 +70,8 @@ class Engine:
         for start in range(0, rows, micro_rows):
             sync_gradients(model, start + micro_rows >= rows)
             tokens_BL, targets_BL, reset_BL = (t[start : start + micro_rows] for t in tensors)
-            group = self.mesh.group("cp")
-            (tokens_BL, targets_BL), seq = share_row(self.config.parallel, group, [tokens_BL, targets_BL], reset_BL)
+            rows_BL = [tokens_BL, targets_BL]
+            (tokens_BL, targets_BL), seq = share_row(self.config.parallel, self.mesh, rows_BL, reset_BL)
             loss_sum, _ = model(tokens_BL, seq, targets_BL)
             (loss_sum * scale).backward()
             losses.append(loss_sum.detach())

@@ -70,6 +70,13 @@ def test_blocks_can_be_recomputed(small_models: dict[str, ModelConfig], build: B
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)
 
 
+def test_a_context_serves_one_pass(small_models: dict[str, ModelConfig], build: Build) -> None:
+    model, seq = build(small_models["mamba2"]), SequenceContext()
+    model(torch.zeros(1, 4, dtype=torch.long), seq)
+    with pytest.raises(ValueError, match="one forward pass"):
+        model(torch.zeros(1, 4, dtype=torch.long), seq)
+
+
 def test_a_parameter_without_a_rule_is_named() -> None:
     model = HybridLM(ModelConfig(vocab_size=8, d_model=8, pattern="mlp"))
     model.layers["0"].mixer.extra = torch.nn.Parameter(torch.zeros(2))

@@ -25,7 +25,7 @@ def test_counts_equal_what_is_built(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = HybridLM(config)
     assert config.num_params() == sum(parameter.numel() for parameter in model.parameters())
-    for layer, block in zip(config.layers, model.layers, strict=True):
+    for layer, block in zip(config.layers, model.layers.values(), strict=True):
         assert layer.num_params(config.d_model) == sum(p.numel() for p in block.mixer.parameters())
 
 

@@ -9,10 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from headrace.kernels.affine import DENSE, DIAGONAL, SCALAR, Transition
-from headrace.parallel.config import Exchange
+from headrace.parallel.config import Exchange, ParallelConfig
+from headrace.parallel.context import SegmentedContext, share_row
 from headrace.parallel.exchange import StateExchange, choose
 from headrace.parallel.layout import SequenceLayout, contiguous, zigzag
-from headrace.parallel.state_passing import EnteringStates
+from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.recompute import Recompute, recompute_blocks
+from headrace.parallel.state_passing import EnteringStates, RememberedExchange
 
 HOWS: tuple[Exchange, ...] = ("chain", "doubling", "gather", "auto")
 # Shapes of M and of S.
@@ -47,7 +50,7 @@ def in_order(layout: SequenceLayout, name: str) -> tuple[list[Tensor], list[Tens
     state, entering = torch.zeros_like(S[0]).requires_grad_(), []
     for m, s in zip(M, S, strict=True):
         entering.append(state)
-        state = transition.apply(m, state) + s
+        state = (m @ state if transition.dense else transition.apply(m, state)) + s
     sum((w * e).sum() for w, e in zip(weights(layout, name), entering, strict=True)).backward()  # type: ignore[union-attr]
     return [e.detach() for e in entering], *([_grad(value) for value in values] for values in (M, S))
 
@@ -92,14 +95,46 @@ def test_states_and_gradients_equal_those_of_one_process(gloo: Callable, ranks: 
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=f"{layout} {name} {how} {segment}")
 
 
+@pytest.mark.parametrize("how", ["none", "full", "selective"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_recomputation_gets_the_states_it_was_given(gloo: Callable, name: str, how: str) -> None:
+    """A layer of plain products around the exchange: a recomputation that counts wrongly would mix them up."""
+    assert gloo(2, recomputed_gradients, name, how) == gloo(2, recomputed_gradients, name, "none")
+
+
+def recomputed_gradients(name: str, how: Recompute) -> list[list[float]]:
+    config = ParallelConfig(cp=2)
+    mesh = build_mesh(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    _, seq = share_row(config, mesh, [torch.zeros(1, 4)], None)
+    assert isinstance(seq, SegmentedContext)
+    transition, m_shape, s_shape = CLASSES[name]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    M, S = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (m_shape, s_shape))
+    weight = torch.eye(s_shape[-1], dtype=torch.float64).requires_grad_()
+    S.requires_grad_()
+
+    class Layer(torch.nn.Module):
+        def forward(self, S: Tensor, seq: SegmentedContext) -> Tensor:
+            exchange = RememberedExchange(seq, "layer", transition)
+            (entering,) = EnteringStates.apply(exchange, M.clone().requires_grad_(), (S @ weight).tanh() @ weight)
+            return (entering @ weight).square() @ weight
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleDict({"0": Layer()})
+    recompute_blocks(model, how)  # type: ignore[arg-type]
+    model.layers["0"](S, seq).sum().backward()
+    assert weight.grad is not None
+    assert S.grad is not None
+    return [weight.grad.flatten().tolist(), S.grad.flatten().tolist()]
+
+
 def test_auto_follows_size_and_topology() -> None:
-    assert choose(1, 1 << 20, 8) == "chain"
-    assert choose(2, 1 << 30, 8) == "chain"
-    assert choose(8, 1 << 10, 8) == "gather"
-    assert choose(8, 1 << 24, 8) == "doubling"
+    assert choose(1, 1, 1 << 20, on_one_machine=True) == "chain"
+    assert choose(2, 2, 1 << 30, on_one_machine=False) == "chain"
+    assert choose(8, 8, 1 << 10, on_one_machine=False) == "gather"
+    assert choose(8, 8, 1 << 24, on_one_machine=True) == "doubling"
     # Between machines bytes cost more: what is gathered inside one is doubled across several.
-    size = 1 << 18
-    assert (choose(8, size, 8), choose(8, size, 4)) == ("gather", "doubling")
+    assert [choose(8, 8, 1 << 18, on_one_machine=here) for here in (True, False)] == ["gather", "doubling"]
 
 
 def test_transitions_form_a_monoid() -> None:

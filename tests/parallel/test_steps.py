@@ -46,6 +46,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens, targets, reset
 
 
+GATED_LAST = replace(
+    model_config(),
+    mamba2=Mamba2Config(num_heads=6, head_dim=4, d_state=5, gated_norm="whole", norm_before_gate=True),
+)
 ROWS = Rows(8, 21, (0, 3, 4, 11, 16))
 BARE = replace(
     model_config(),
@@ -53,6 +57,13 @@ BARE = replace(
         num_heads=6, head_dim=4, d_state=5, d_conv=1, conv_bias=False, skip="none", gated_norm="none", num_groups=3
     ),
 )
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_a_norm_over_all_ranks_before_the_gate(gloo: Callable, tp: int) -> None:
+    case = Case(model=GATED_LAST, parallel=ParallelConfig(tp=tp), rows=ROWS)
+    for errors in gloo(tp, largest_errors, [case], [one_process(GATED_LAST, ROWS)]):
+        assert max(errors[0].values()) <= 1e-9, errors
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(cp=2), ParallelConfig(tp=2), ParallelConfig(cp_virtual=20)])

@@ -35,7 +35,7 @@ def world_here() -> World:
 
 def mixer(mesh: Mesh, config: ParallelConfig, tokens: int) -> list[Sent]:
     """What the convolution and recurrence of one layer send, forward and backward, with `tokens` tokens a rank."""
-    (own,), seq = share_row(config, mesh.group("cp"), [torch.zeros(1, tokens * config.cp)], None)
+    (own,), seq = share_row(config, mesh, [torch.zeros(1, tokens * config.cp)], None)
     t = own.shape[1]
     generator = torch.Generator().manual_seed(1)
 
