@@ -46,11 +46,12 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
     alone = next(iter(curves.values()))
     steps = range(1, len(alone) + 1)
-    for width, (name, curve) in zip(range(2 * len(curves), 0, -2), curves.items(), strict=True):
-        above.plot(steps, curve, label=name, linewidth=width, alpha=0.6)
+    for number, (name, curve) in enumerate(curves.items()):
+        color, width = f"C{number}", 2 * (len(curves) - number)
+        above.plot(steps, curve, label=name, color=color, linewidth=width, alpha=0.6)
         if curve is not alone:
             differences = [max(abs(a - b) / b, 1e-9) for a, b in zip(curve, alone, strict=True)]
-            below.semilogy(steps, differences, label=name, linewidth=1)
+            below.semilogy(steps, differences, color=color, linewidth=1)
     above.set_ylabel("loss, nats per token")
     above.legend()
     below.axhline(1e-4, color="black", linestyle=":", linewidth=1)
