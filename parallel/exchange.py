@@ -89,6 +89,11 @@ class Running:
         else:
             self._step()
 
+    @property
+    def done(self) -> bool:
+        """Whether everything has arrived already; what runs on another stream counts as under way."""
+        return self._arrived is not None and self._stream is None
+
     def wait(self) -> list[Tensor | None]:
         """The state that arrives at each of this rank's segments, None where nothing does."""
         self._finish()

@@ -82,6 +82,10 @@ class _Kept:
     exchange: RememberedExchange
     running: Pending
 
+    @property
+    def done(self) -> bool:
+        return self.running.done
+
     def wait(self) -> list[Tensor | None]:
         return self.exchange.seq.remember(self.exchange.key, self.running.wait())
 
@@ -89,6 +93,7 @@ class _Kept:
 @dataclass(frozen=True)
 class _Known:
     states: list[Tensor | None]
+    done = True
 
     def wait(self) -> list[Tensor | None]:
         return self.states

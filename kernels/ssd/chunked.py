@@ -39,10 +39,15 @@ def ssd_chunked_forward(
     states, final_state = states_entering_chunks(chunks, decays, initial_state)
     if chunks.C_nGQN is None:
         return None, final_state, states
+    return join_chunks(output_of_chunks(chunks, decays, states, D), x_BLHP), final_state, states
+
+
+def output_of_chunks(chunks: Chunks, decays: Decays, states: Tensor, D: Tensor | None) -> Tensor:
+    """The outputs of all chunks, `(n, Q, H, P)` in the dtype of `x`, from the states that enter them."""
     y_nQHP = torch.empty_like(chunks.x_nQHP, memory_format=torch.contiguous_format)
     for block in chunks.blocks():
         _output_of_block(chunks, decays, states, D, block, y_nQHP[block])
-    return join_chunks(y_nQHP, x_BLHP), final_state, states
+    return y_nQHP
 
 
 def join_chunks(value_nQ: Tensor, like_BL: Tensor) -> Tensor:

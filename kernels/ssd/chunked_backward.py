@@ -87,15 +87,14 @@ def ssd_chunked_backward(
     return join_chunks(grads.x_nQHP, x), join_chunks(ddt_nQH, dt), dA_H.to(A_H.dtype), dB, dC, dD, dinitial
 
 
-def empty_gradients(chunks: Chunks, *, zero: bool = False) -> Gradients:
-    """Gradients to be filled in; with `zero`, those of `x, dt, B` begin at zero, so that they may be added to first."""
+def empty_gradients(chunks: Chunks) -> Gradients:
+    """Gradients to be filled in."""
     like = chunks.dt_nQH
-    n, _, H, P = chunks.x_nQHP.shape
-    begin = torch.zeros_like if zero else torch.empty_like
+    n, Q, H, P = chunks.x_nQHP.shape
     return Gradients(
-        x_nQHP=begin(chunks.x_nQHP, dtype=like.dtype, memory_format=torch.contiguous_format),
-        dt_nQH=begin(like),
-        B_nGQN=begin(chunks.B_nGQN),
+        x_nQHP=like.new_empty(n, Q, H, P),
+        dt_nQH=torch.empty_like(like),
+        B_nGQN=torch.empty_like(chunks.B_nGQN),
         C_nGQN=torch.empty_like(chunks.B_nGQN),
         D_HP=like.new_zeros(H, P),
         flow_in_nQH=torch.zeros_like(like, dtype=torch.float64),

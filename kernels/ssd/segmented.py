@@ -18,6 +18,7 @@ from .chunked import (
     add_entering_state,
     add_output_of_states,
     join_chunks,
+    output_of_chunks,
     output_within_chunks,
     scan_in_place,
     states_entering_chunks,
@@ -38,6 +39,11 @@ from .layout import Chunks, Decays, compute_decays, cut, cut_into_chunks
 
 class Pending(Protocol):
     """An exchange under way."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to wait for, so that no work need be put before what waits."""
+        ...
 
     def wait(self) -> list[Tensor | None]:
         """The state `(B, H, P, N)` that arrives at each segment, None where nothing does."""
@@ -102,10 +108,16 @@ class _Segmented(torch.autograd.Function):
         segments = [Segment(inputs, place, chunk_size) for place in places]
         states, leaving = zip(*(states_entering_chunks(s.chunks, s.decays, None) for s in segments), strict=True)
         pending = exchange.start([s.transition() for s in segments], list(leaving))
-        outputs = [output_within_chunks(s.chunks, s.decays, D) for s in segments]
-        for segment, own, y_nQHP, entering in zip(segments, states, outputs, pending.wait(), strict=True):
-            add_entering_state(segment.chunks, segment.decays, own, entering)
-            add_output_of_states(segment.chunks, segment.decays, own, y_nQHP)
+        meanwhile = [None if pending.done else output_within_chunks(s.chunks, s.decays, D) for s in segments]
+        outputs = []
+        for segment, own, y_nQHP, entering in zip(segments, states, meanwhile, pending.wait(), strict=True):
+            chunks, decays = segment.chunks, segment.decays
+            add_entering_state(chunks, decays, own, entering)
+            if y_nQHP is None:
+                y_nQHP = output_of_chunks(chunks, decays, own, D)
+            else:
+                add_output_of_states(chunks, decays, own, y_nQHP)
+            outputs.append(y_nQHP)
         ctx.save_for_backward(x, dt, A_H, B, C, D, reset, *states)
         ctx.places, ctx.exchange, ctx.chunk_size = places, exchange, chunk_size
         joined = [join_chunks(y, s.like) for y, s in zip(outputs, segments, strict=True)]
@@ -117,21 +129,34 @@ class _Segmented(torch.autograd.Function):
         inputs = Inputs(x, dt, A_H, B, C, D, None, reset)
         segments = [Segment(inputs, place, ctx.chunk_size) for place in ctx.places]
         dys = [cut(dy_BLHP[:, s.place], s.chunks.x_nQHP.shape[1]) for s in segments]
-        grads = [empty_gradients(s.chunks, zero=True) for s in segments]
+        grads = [empty_gradients(s.chunks) for s in segments]
         dstates, arriving = [], []
         for segment, own, dy, grad in zip(segments, states, dys, grads, strict=True):
             dstate, dentering = _to_entering_state(segment, own, dy, grad)
             dstates.append(dstate)
             arriving.append(dentering)
         pending = ctx.exchange.start([s.transition() for s in segments], arriving, reverse=True)
-        for segment, dy, grad in zip(segments, dys, grads, strict=True):
-            for block in segment.chunks.blocks():
-                within_chunks(segment.chunks, segment.decays, D, dy[block], block, grad)
+        within_first = not pending.done
+        if within_first:
+            for segment, dy, grad in zip(segments, dys, grads, strict=True):
+                for gradient in (grad.x_nQHP, grad.dt_nQH, grad.B_nGQN):
+                    gradient.zero_()
+                _within(segment, D, dy, grad)
         for segment, own, dstate, grad, dleaving in zip(segments, states, dstates, grads, pending.wait(), strict=True):
-            add_entering_state(segment.chunks, segment.decays, dstate, dleaving, reverse=True)
-            for block in segment.chunks.blocks():
-                through_leaving_states(segment.chunks, segment.decays, own, dstate, block, grad, add=True)
+            chunks, decays = segment.chunks, segment.decays
+            add_entering_state(chunks, decays, dstate, dleaving, reverse=True)
+            for block in chunks.blocks():
+                through_leaving_states(chunks, decays, own, dstate, block, grad, add=within_first)
+        if not within_first:
+            for segment, dy, grad in zip(segments, dys, grads, strict=True):
+                _within(segment, D, dy, grad)
         return *_join(segments, grads, inputs), None, None, None, None
+
+
+def _within(segment: Segment, D: Tensor | None, dy_nQHP: Tensor, grads: Gradients) -> None:
+    """Add what a segment's tokens get from the outputs of their own chunks."""
+    for block in segment.chunks.blocks():
+        within_chunks(segment.chunks, segment.decays, D, dy_nQHP[block], block, grads)
 
 
 def _to_entering_state(segment: Segment, states: Tensor, dy_nQHP: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from headrace.kernels.ssd.segmented import ssd_segments
 class InOrder:
     """The exchange of a process that holds every segment."""
 
-    def __init__(self, M: list[Tensor], S: list[Tensor]) -> None:
-        self.M, self.S = M, S
+    def __init__(self, M: list[Tensor], S: list[Tensor], done: bool) -> None:
+        self.M, self.S, self.done = M, S, done
 
     def wait(self) -> list[Tensor | None]:
         arriving: list[Tensor | None] = []
@@ -29,10 +29,13 @@ class InOrder:
 
 
 class LocalExchange:
-    """Starts `InOrder`, or in reverse."""
+    """Starts `InOrder`, or in reverse; `done` at once, or as one that is under way."""
+
+    def __init__(self, done: bool) -> None:
+        self.done = done
 
     def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> "InOrder | Reversed":
-        return Reversed(M[::-1], S[::-1]) if reverse else InOrder(M, S)
+        return Reversed(M[::-1], S[::-1], self.done) if reverse else InOrder(M, S, self.done)
 
 
 class Reversed(InOrder):
@@ -74,14 +77,16 @@ def test_any_cut_equals_the_whole(
     inputs = draw_inputs(L, *heads, seed, torch.float64, ("head", "channel", "none")[seed % 3])
     reset = torch.rand(2, L, generator=torch.Generator().manual_seed(seed)) < 0.05 if packed else None
     whole, _ = ssd_scan(*inputs, chunk_size=chunk_size, reset=reset)  # type: ignore[arg-type]
-    options = {"segments": segments, "exchange": LocalExchange(), "reset": reset, "chunk_size": chunk_size}
+    exchange = LocalExchange(done=seed % 2 == 0)
+    options = {"segments": segments, "exchange": exchange, "reset": reset, "chunk_size": chunk_size}
     parts = ssd_segments(*inputs, **options)  # type: ignore[arg-type]
     for a, b in zip(with_gradients(inputs, parts), with_gradients(inputs, whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_less_exact_than_the_recurrence(dtype: torch.dtype) -> None:
+def test_no_less_exact_than_the_recurrence(dtype: torch.dtype, done: bool) -> None:
     """Against float64, the error of the cut scan is at most twice that of the recurrence in the same dtype."""
     given_inputs = draw_inputs(300, 4, 2, 1, dtype, "head")
     exact_inputs = tuple(None if v is None else v.detach().double().requires_grad_() for v in given_inputs)
@@ -90,7 +95,7 @@ def test_no_less_exact_than_the_recurrence(dtype: torch.dtype) -> None:
     segments = [slice(0, 100), slice(100, 137), slice(137, 300)]
     cut = with_gradients(
         given_inputs,
-        ssd_segments(*given_inputs, segments=segments, exchange=LocalExchange()),  # type: ignore[arg-type]
+        ssd_segments(*given_inputs, segments=segments, exchange=LocalExchange(done)),  # type: ignore[arg-type]
     )
     for e, w, c in zip(exact, whole, cut, strict=True):
         assert (c.double() - e).norm() <= 2 * (w.double() - e).norm() + 1e-12
