@@ -73,30 +73,30 @@ class RememberedExchange:
         )
         if reverse:
             return exchange.start(M, S, reverse=True)
-        known = self.seq.recall(self.key)
-        return _Kept(self, exchange.start(M, S)) if known is None else _Known(known)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    exchange: RememberedExchange
-    running: Pending
-
-    @property
-    def done(self) -> bool:
-        return self.running.done
-
-    def wait(self) -> list[Tensor | None]:
-        return self.exchange.seq.remember(self.exchange.key, self.running.wait())
+        known: _Known | None = self.seq.recall(self.key)
+        return _Kept(self, exchange.start(M, S)) if known is None else known
 
 
 @dataclass(frozen=True)
 class _Known:
+    """What an exchange brought, and whether it had then: a recomputation works in the same order, to the same bits."""
+
     states: list[Tensor | None]
-    done = True
+    done: bool
 
     def wait(self) -> list[Tensor | None]:
         return self.states
+
+
+class _Kept:
+    """An exchange under way whose result will be remembered."""
+
+    def __init__(self, exchange: RememberedExchange, running: Pending) -> None:
+        self.exchange, self.running, self.done = exchange, running, running.done
+
+    def wait(self) -> list[Tensor | None]:
+        known = _Known(self.running.wait(), self.done)
+        return self.exchange.seq.remember(self.exchange.key, known).states
 
 
 class EnteringStates(torch.autograd.Function):

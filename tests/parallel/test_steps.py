@@ -19,7 +19,7 @@ from headrace.parallel.fsdp import materialise
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.recompute import Recompute, recompute_blocks
 from headrace.parallel.spread import spread_model
-from spread import Case, Rows, largest_errors, one_process
+from spread import Case, Rows, largest_errors, one_process, spread_step
 
 B, L = 8, 21
 
@@ -97,6 +97,18 @@ def test_one_step_equals_one_process(
     expected = one_process(model_config(), ROWS)
     for errors in gloo(world_size, largest_errors, [case], [expected]):
         assert max(errors[0].values()) <= 1e-9, errors
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(cp=2), ParallelConfig(cp=2, cp_layout="zigzag"), ParallelConfig(tp=2)]
+)
+def test_recomputation_gives_the_same_bits(gloo: Callable, parallel: ParallelConfig) -> None:
+    ways: tuple[Recompute, ...] = ("none", "full", "selective")
+    plain, *others = (gloo(2, spread_step, model_config(), parallel, ROWS, how) for how in ways)
+    for other in others:
+        for (loss, gradients), (known_loss, known) in zip(other, plain, strict=True):
+            assert loss == known_loss
+            assert [name for name in known if not torch.equal(gradients[name], known[name])] == []
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
