@@ -83,15 +83,16 @@ class ParallelConfig:
         if found or world_size is None:
             return found
         fixed = self.dp_replicate * self.model_ranks
-        product = " x ".join(f"{name}={getattr(self, name)}" for name in ("pp", "dp_replicate", "cp", "tp"))
+        axes = ("pp", "dp_replicate", "cp", "tp", "dp_shard")
+        product = " x ".join(f"{name}={getattr(self, name)}" for name in axes if getattr(self, name) > 1)
         if self.dp_shard == 0 and world_size % fixed:
             found.append(
-                f"parallel: {product} makes {fixed}, which does not divide the {world_size} processes; "
-                f"start a multiple of {fixed} processes or lower a degree"
+                f"parallel: {product} makes {fixed}, which does not divide the number of processes, {world_size}; "
+                f"start a multiple of {fixed} or lower a degree"
             )
         elif self.dp_shard and fixed * self.dp_shard != world_size:
             found.append(
-                f"parallel: {product} x dp_shard={self.dp_shard} needs {fixed * self.dp_shard} processes, "
+                f"parallel: {product or 'dp_shard=1'} needs {fixed * self.dp_shard} processes, "
                 f"but {world_size} were started; start that many or set dp_shard=0"
             )
         return found

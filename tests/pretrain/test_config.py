@@ -110,14 +110,49 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_layout_must_fit_the_world(path: Path) -> None:
     assert "batch_rows=4 does not split over 3 data-parallel ranks; use 3 or 6" in refusal(path, world_size=3)
-    assert "dp_replicate=3 does not divide the 4 processes; use one of [1, 2, 4]" in refusal(
+    assert "dp_replicate=3 makes 3, which does not divide the number of processes, 4; start a multiple" in refusal(
         path, "parallel.dp_replicate=3", world_size=4
+    )
+    assert "parallel: dp_shard=3 needs 3 processes, but 4 were started" in refusal(
+        path, "parallel.dp_shard=3", world_size=4
     )
     assert "needs 8 processes, but 4 were started" in refusal(
         path, "parallel.dp_replicate=2", "parallel.dp_shard=4", world_size=4
     )
     assert "train.micro_batch_rows=4 cuts the 4 rows of each data rank into 1 micro-batches, fewer than" in refusal(
         path, "parallel.pp=2", world_size=2
+    )
+
+
+def test_all_misfits_of_layout_and_model_come_at_once(path: Path) -> None:
+    message = refusal(
+        path,
+        "parallel.tp=5",
+        "parallel.pp=3",
+        "parallel.cp=40",
+        "model.pattern=mamba2 mlp",
+        "model.vocab_size=321",
+        "data.seq_len=32",
+        world_size=7,
+    )
+    for part in (
+        "pp=3 x cp=40 x tp=5 makes 600, which does not divide the number of processes, 7",
+        "parallel.tp=5 does not divide model.mamba2.num_heads=",
+        "parallel.tp=5 does not divide model.mlp.d_hidden=",
+        "parallel.tp=5 does not divide model.vocab_size=",
+        "makes 3 stages, but model.pattern has only 2 layers",
+        "cuts a row into 40 segments, more than data.seq_len=32 tokens",
+    ):
+        assert part in message
+    assert "train.recompute=full" in refusal(
+        path,
+        "parallel.pp=2",
+        "parallel.pp_stages=2",
+        'parallel.pp_schedule="zero_bubble"',
+        "train.recompute=full",
+        "train.micro_batch_rows=1",
+        "model.pattern=4*mlp",
+        world_size=2,
     )
 
 
