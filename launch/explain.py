@@ -96,11 +96,12 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
     # Until the last micro-batch FSDP adds gradients up before it shares them out.
     apart = found.degrees["dp_shard"] * found.degrees["cp"] if found.micro_batches > 1 else 1
     gradients = apart * parameters
-    between = f" (not shared out over fsdp between {found.micro_batches} micro-batches)" if apart > 1 else ""
+    note = f"  gradients are shared out over fsdp after the last of {found.micro_batches} micro-batches"
     return [
         *lines,
-        f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}{between}, optimizer state "
+        f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer state "
         f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
+        *([note] if apart > 1 else []),
         f"  the whole model has {whole:,} parameters",
     ]
 
