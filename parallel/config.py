@@ -87,7 +87,7 @@ class ParallelConfig:
         product = " x ".join(f"{name}={getattr(self, name)}" for name in axes if getattr(self, name) > 1)
         if self.dp_shard == 0 and world_size % fixed:
             found.append(
-                f"parallel: {product} makes {fixed}, which does not divide the number of processes, {world_size}; "
+                f"parallel: {product} makes {fixed}, which does not divide the {world_size} processes; "
                 f"start a multiple of {fixed} or lower a degree"
             )
         elif self.dp_shard and fixed * self.dp_shard != world_size:

@@ -110,7 +110,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_layout_must_fit_the_world(path: Path) -> None:
     assert "batch_rows=4 does not split over 3 data-parallel ranks; use 3 or 6" in refusal(path, world_size=3)
-    assert "dp_replicate=3 makes 3, which does not divide the number of processes, 4; start a multiple" in refusal(
+    assert "dp_replicate=3 makes 3, which does not divide the 4 processes; start a multiple" in refusal(
         path, "parallel.dp_replicate=3", world_size=4
     )
     assert "parallel: dp_shard=3 needs 3 processes, but 4 were started" in refusal(
@@ -136,7 +136,7 @@ def test_all_misfits_of_layout_and_model_come_at_once(path: Path) -> None:
         world_size=7,
     )
     for part in (
-        "pp=3 x cp=40 x tp=5 makes 600, which does not divide the number of processes, 7",
+        "pp=3 x cp=40 x tp=5 makes 600, which does not divide the 7 processes",
         "parallel.tp=5 does not divide model.mamba2.num_heads=",
         "parallel.tp=5 does not divide model.mlp.d_hidden=",
         "parallel.tp=5 does not divide model.vocab_size=",
