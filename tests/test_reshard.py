@@ -97,7 +97,7 @@ def test_training_and_evaluation_agree(gloo: Callable, tmp_path: Path, data: Pat
     """Losses, gradient norms and held-out figures from the first step on; in bfloat16 as far as its digits go."""
     ranks, evaluation = (
         LAYOUTS[layout][0],
-        ("eval.every_steps=2", "eval.window=16", "eval.max_keys=20", "train.steps=4"),
+        ("eval.every_steps=2", "eval.window=32", "eval.max_keys=20", "eval.max_tokens=300", "train.steps=4"),
     )
     for precision, limit in (("float32", 1e-5), ("bfloat16", 2e-2)):
         both = []
