@@ -88,6 +88,8 @@ def test_sizes(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
+        if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+            continue
         where = f"{name_of(path)}:{node.name}"
         assert (node.end_lineno or 0) - node.lineno < 60, f"{where} is longer than 60 lines"
         # An operator takes the tensors its definition has; what counts is what else the caller must remember.

@@ -123,7 +123,7 @@ def test_opcheck() -> None:
     x, z, weight = make_inputs(5, 8, dtype=torch.float32)
     for gate, norm_before_gate in ((z, False), (z, True), (None, False)):
         torch.library.opcheck(torch.ops.headrace.gated_rms_norm.default, (x, gate, weight, 1e-5, 4, norm_before_gate))
-    torch.library.opcheck(torch.ops.headrace.swiglu.default, (x, z))
+    torch.library.opcheck(torch.ops.headrace.swiglu.default, (x, z, False))
 
 
 def test_checkpointed_gradients_are_bit_identical() -> None:
