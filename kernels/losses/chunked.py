@@ -1,57 +1,10 @@
-"""Linear cross-entropy, a chunk of tokens at a time: logits, probabilities and gradients share one buffer."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""Linear cross-entropy, a chunk of tokens at a time: matrix products around what turns logits into gradients."""
 
 import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype
-
-
-class SoftmaxSums(NamedTuple):
-    """What the loss of tokens needs of their logits, `(T, 1)` each: the largest, the sum of `exp(logit - largest)`, and
-    the target's logit, 0 where it is not among them."""
-
-    peak: Tensor
-    total: Tensor
-    chosen: Tensor
-
-
-Combine = Callable[[SoftmaxSums], SoftmaxSums]
-
-
-def _loss_of_chunk(
-    logits: Tensor, target: Tensor, counted: Tensor, z_loss: float, with_gradient: bool, combine: Combine | None
-) -> Tensor:
-    """Return the loss sum of one chunk; `logits` are overwritten, by its gradient to them if asked.
-
-    With `combine`, which adds the sums of the logits kept elsewhere, a target may lie outside these.
-    """
-    index, here = target[:, None], None
-    if combine is not None:
-        here = (index >= 0) & (index < logits.shape[1])
-        index = index.masked_fill(~here, 0)
-    chosen = logits.gather(1, index)
-    peak = logits.amax(1, keepdim=True)
-    weights = logits.sub_(peak).exp_()
-    total = weights.sum(1, keepdim=True)
-    target_weight = -counted
-    if combine is not None and here is not None:
-        own_peak = peak
-        peak, total, chosen = combine(SoftmaxSums(peak, total, chosen.masked_fill(~here, 0.0)))
-        weights.mul_((own_peak - peak).exp())
-        target_weight = target_weight * here
-    log_total = total.log().add_(peak)
-    loss = log_total - chosen
-    if z_loss:
-        loss = loss + z_loss * log_total.square()
-    if with_gradient:
-        scale = counted / total
-        if z_loss:
-            scale = scale * (1 + 2 * z_loss * log_total)
-        weights.mul_(scale).scatter_add_(1, index, target_weight)
-    return (loss * counted).sum()
+from .rows import HeadShard, LossRules, RowStep, plain_rows
 
 
 def linear_cross_entropy_forward(
@@ -64,31 +17,47 @@ def linear_cross_entropy_forward(
     grad_x: bool,
     grad_weight: bool,
     *,
-    first_row: int = 0,
-    combine: Combine | None = None,
+    shard: HeadShard | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss sum, the number of targets, and the gradients of the sum to `x` and `weight`, empty if not asked.
 
-    `weight` may be a part of a head, from `first_row` on; `combine` then joins the parts' sums. Arguments otherwise as
-    in `linear_cross_entropy`.
+    With `shard`, `weight` is a part of a head, and the gradient to `x` that part's share. `fused` takes the Triton
+    kernels between the products. Arguments otherwise as in `linear_cross_entropy`.
     """
-    dtype = compute_dtype(x_TD)
-    loss_sum = x_TD.new_zeros((), dtype=dtype)
+    dtype, num_tokens = compute_dtype(x_TD), len(x_TD)
+    rules = LossRules(ignore_index, z_loss, grad_x or grad_weight, shard)
+    step = _fused_step() if fused else plain_rows
+    loss_T = x_TD.new_empty(num_tokens, dtype=dtype)
     dx_TD = x_TD.new_empty(x_TD.shape if grad_x else 0)
-    dweight_VD = weight_VD.new_zeros(weight_VD.shape if grad_weight else 0, dtype=dtype)
-    num_targets = (target_T != ignore_index).sum()
-    for start in range(0, x_TD.shape[0], chunk_size):
+    dweight_VD = weight_VD.new_empty(weight_VD.shape if grad_weight else 0, dtype=dtype)
+    if num_tokens == 0:
+        dweight_VD.zero_()
+    for start in range(0, num_tokens, chunk_size):
         part = slice(start, start + chunk_size)
-        x, target = x_TD[part], target_T[part]
-        counted = target != ignore_index
-        logits = (x @ weight_VD.t()).to(dtype)
-        target = target.masked_fill(~counted, 0) - first_row
-        loss_sum += _loss_of_chunk(logits, target, counted[:, None].to(dtype), z_loss, grad_x or grad_weight, combine)
-        dlogits = logits.to(x.dtype)
+        dlogits = step(x_TD[part], weight_VD, target_T[part], loss_T[part], rules)
         if grad_x:
             torch.mm(dlogits, weight_VD, out=dx_TD[part])
-        if grad_weight and x.dtype == dtype:
-            dweight_VD.addmm_(dlogits.t(), x)
-        elif grad_weight:
-            dweight_VD += dlogits.t() @ x
-    return loss_sum, num_targets, dx_TD, dweight_VD.to(weight_VD.dtype)
+        if grad_weight:
+            _add_product(dweight_VD, dlogits.t(), x_TD[part], first=start == 0)
+        del dlogits  # the next chunk takes its memory
+    return loss_T.sum(), (target_T != ignore_index).sum(), dx_TD, dweight_VD.to(weight_VD.dtype)
+
+
+def _fused_step() -> RowStep:
+    from .fused import fused_rows
+
+    return fused_rows
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Add `a @ b` to `total`, which the first product overwrites; in the dtype of `total` where the device can."""
+    kept = 0 if first else 1
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=kept)
+    elif total.device.type == "cuda" and torch.version.hip is None:
+        torch.addmm(total, a, b, beta=kept, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b

@@ -120,8 +120,8 @@ def test_no_tensor_as_large_as_all_logits() -> None:
 def test_opcheck_and_compile() -> None:
     x, weight, target = make_inputs(10, 3, 5, dtype=torch.float32)
     operator = torch.ops.headrace.linear_cross_entropy.default
-    torch.library.opcheck(operator, (x, weight, target, -100, 4, 1e-3, True, True))
-    torch.library.opcheck(operator, (x.detach(), weight.detach(), target, -100, 4, 0.0, False, False))
+    torch.library.opcheck(operator, (x, weight, target, -100, 4, 1e-3, True, True, False))
+    torch.library.opcheck(operator, (x.detach(), weight.detach(), target, -100, 4, 0.0, False, False, False))
 
     def loss_of(x: Tensor, weight: Tensor) -> Tensor:
         loss_sum, num_targets = linear_cross_entropy(torch.sin(x), weight, target)
