@@ -49,6 +49,47 @@ def _cross_entropy(T: int, D: int, V: int) -> Callable[[str, torch.dtype], None]
     return run
 
 
+def _norm(B: int, L: int, D: int, groups: int = 1, *, gate: str = "none") -> Callable[[str, torch.dtype], None]:
+    """A norm of the first D channels of a wider tensor, with the gate before it, after it, or none."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.norms.fused import norm_backward, norm_forward
+
+        x, z = random(device, dtype, B, L, 3 * D)[..., : 2 * D].split(D, -1)
+        gate_BLD = None if gate == "none" else z
+        weight, dy = random(device, torch.float32, D), random(device, dtype, B, L, D)
+        _, rstd = norm_forward(x, gate_BLD, weight, 1e-5, D // groups, gate == "after")
+        norm_backward(dy, x, gate_BLD, weight, rstd, gate == "after")
+
+    return run
+
+
+def _add_norm(B: int, L: int, D: int) -> Callable[[str, torch.dtype], None]:
+    """A layer's output added to a float32 residual stream and to one of its own dtype."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.norms.fused import add_norm_backward, add_norm_forward
+
+        update, dnormed, weight = (random(device, dtype, *shape) for shape in ((B, L, D), (B, L, D), (D,)))
+        for wide in (torch.float32, dtype):
+            x, dsum = (random(device, wide, B, L, D) for _ in range(2))
+            _, total, rstd = add_norm_forward(x, update, weight, 1e-5)
+            add_norm_backward(dnormed, dsum, total, weight, rstd, (wide, dtype))
+
+    return run
+
+
+def _embedding(T: int, V: int, D: int) -> Callable[[str, torch.dtype], None]:
+    """The gradient of a table for tokens that are all equally frequent."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.embedding.fused import embedding_backward
+
+        embedding_backward(random(device, dtype, T, D), torch.randint(V, (T,), device=device), V)
+
+    return run
+
+
 def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Normal values."""
     return torch.randn(shape, device=device).to(dtype)
@@ -58,4 +99,16 @@ CASES = [
     KernelCase("swiglu 8192x5504", _swiglu),
     KernelCase("linear_cross_entropy 8192x2048 V50280", _cross_entropy(8192, 2048, 50280)),
     KernelCase("linear_cross_entropy 8192x512 V1024", _cross_entropy(8192, 512, 1024)),
+    KernelCase("rms_norm 4x4096x4096", _norm(4, 4096, 4096)),
+    KernelCase("rms_norm 4x4096x2560", _norm(4, 4096, 2560)),
+    KernelCase("rms_norm 4x4096x16384", _norm(4, 4096, 16384)),
+    KernelCase("gated_rms_norm 4x4096x4096 G8", _norm(4, 4096, 4096, 8, gate="before")),
+    KernelCase("gated_rms_norm 4x4096x8192 G8", _norm(4, 4096, 8192, 8, gate="after")),
+    KernelCase("gated_rms_norm 4x4096x5120", _norm(4, 4096, 5120, gate="before")),
+    KernelCase("gated_rms_norm 4x4096x4096", _norm(4, 4096, 4096, gate="before")),
+    KernelCase("gated_rms_norm 4x4096x16384", _norm(4, 4096, 16384, gate="after")),
+    KernelCase("embedding 16384 tokens, 128256x4096", _embedding(16384, 128256, 4096)),
+    KernelCase("embedding 65536 tokens, 256x768", _embedding(65536, 256, 768)),
+    KernelCase("add_rms_norm 4x4096x2048", _add_norm(4, 4096, 2048)),
+    KernelCase("add_rms_norm 4x4096x8192", _add_norm(4, 4096, 8192)),
 ]

@@ -5,13 +5,16 @@
 if __name__ != "kernels":
     from .activations import swiglu
     from .conv1d import causal_conv1d
+    from .embedding import embedding
     from .losses import linear_cross_entropy
-    from .norms import gated_rms_norm, rms_norm
+    from .norms import add_rms_norm, gated_rms_norm, rms_norm
     from .ssd import compose, ssd_scan, ssd_step, ssd_summary
 
     __all__ = [
+        "add_rms_norm",
         "causal_conv1d",
         "compose",
+        "embedding",
         "gated_rms_norm",
         "linear_cross_entropy",
         "rms_norm",

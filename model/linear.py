@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import embedding
 from .sequence import SequenceContext
 
 
@@ -17,11 +18,18 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` that starts as NaN."""
+    """`nn.Embedding`, without its options, that starts as NaN and whose gradient is the same bits every time."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(vocab_size, width)
 
     def reset_parameters(self) -> None:
         """Fill with NaN; the real first values come from the owner's `parameter_rules`."""
         nn.init.constant_(self.weight, float("nan"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The rows of the weight that `tokens` number."""
+        return embedding(tokens, self.weight)
 
 
 def join(group: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:

@@ -11,13 +11,19 @@ from ..numerics import blocks, compute_dtype, store, working_copy
 
 
 def norm_forward(
-    x_TD: Tensor, z_TD: Tensor | None, weight_D: Tensor, eps: float, group_size: int, norm_before_gate: bool
+    x_TD: Tensor,
+    z_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output in the dtype of `x` and `1 / rms` per token and group, `(T, g)`."""
+    """Return the output in `y_dtype` and `1 / rms` per token and group, `(T, g)`."""
     T, D = x_TD.shape
     dtype = compute_dtype(x_TD)
     weight = weight_D.to(dtype)
-    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    y_TD = torch.empty_like(x_TD, dtype=y_dtype, memory_format=torch.contiguous_format)
     rstd_Tg = torch.empty(T, D // group_size, dtype=dtype, device=x_TD.device)
     for block in blocks(T, D):
         gate = None if z_TD is None else torch.nn.functional.silu(z_TD[block].to(dtype))
@@ -43,8 +49,12 @@ def norm_backward(
     weight_D: Tensor,
     rstd_Tg: Tensor,
     norm_before_gate: bool,
+    dsum_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `x`, `z` (empty when there is no gate) and `weight`."""
+    """Return the gradients of `x`, `z` (empty when there is no gate) and `weight`.
+
+    `dsum`, the gradient that `x` receives from elsewhere, is added to its own.
+    """
     T, D = x_TD.shape
     dtype = rstd_Tg.dtype
     group_size = D // rstd_Tg.shape[1]
@@ -70,5 +80,5 @@ def norm_backward(
         if gate is not None and not norm_before_gate:
             dz_TD[block] = torch.ops.aten.silu_backward(du * x, z)
             du = du.mul_(gate)
-        dx_TD[block] = du
+        dx_TD[block] = du if dsum_TD is None else du.add_(dsum_TD[block])
     return dx_TD, dz_TD, dweight_D.to(weight_D.dtype)

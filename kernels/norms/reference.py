@@ -31,3 +31,10 @@ def gated_rms_norm_reference(
     if gate is not None and norm_before_gate:
         normed = normed * gate
     return normed.to(x.dtype)
+
+
+def add_rms_norm_reference(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute `x + update` and its norm in the dtype of `weight`; arguments as in `add_rms_norm`."""
+    total = x + update
+    dtype = compute_dtype(total)
+    return rms_norm_reference(total.to(dtype), weight, eps).to(weight.dtype), total

@@ -122,7 +122,8 @@ def test_compiles_as_one_graph(fast: Callable, definition: Callable, arity: int)
 def test_opcheck() -> None:
     x, z, weight = make_inputs(5, 8, dtype=torch.float32)
     for gate, norm_before_gate in ((z, False), (z, True), (None, False)):
-        torch.library.opcheck(torch.ops.headrace.gated_rms_norm.default, (x, gate, weight, 1e-5, 4, norm_before_gate))
+        arguments = (x[None], None if gate is None else gate[None], weight, 1e-5, 4, norm_before_gate, False)
+        torch.library.opcheck(torch.ops.headrace.gated_rms_norm.default, arguments)
     torch.library.opcheck(torch.ops.headrace.swiglu.default, (x, z, False))
 
 
