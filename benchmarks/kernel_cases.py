@@ -28,6 +28,28 @@ def _swiglu(device: str, dtype: torch.dtype) -> None:
     swiglu_backward(dout, gate, up)
 
 
+def _ssd(*sizes: int, per_channel: bool = False) -> Callable[[str, torch.dtype], None]:
+    """The SSD recurrence of sizes B, L, H, P, G, N with everything: resets, D, states and their gradients."""
+    B, L, H, P, G, N = sizes
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.ssd.fused import path
+
+        x, dy = (random(device, dtype, B, L, H, P) for _ in range(2))
+        keys, queries = (random(device, dtype, B, L, G, N) for _ in range(2))
+        dt, A = random(device, dtype, B, L, H).abs(), -random(device, torch.float32, H).abs()
+        D = random(device, torch.float32, H, P) if per_channel else random(device, torch.float32, H)
+        reset = torch.zeros(B, L, dtype=torch.bool, device=device)
+        initial, dfinal = (random(device, torch.float32, B, H, P, N) for _ in range(2))
+        inputs = path.FusedInputs(x, dt, A, keys, queries, D, reset)
+        shared = path.prepare(inputs)
+        _, _, states = path.ssd_fused_forward(inputs, initial, shared, keep=True)
+        path.ssd_fused_backward(dy, dfinal, inputs, initial, states, shared)
+        path.ssd_fused_summary(inputs, shared)
+
+    return run
+
+
 def _cross_entropy(T: int, D: int, V: int) -> Callable[[str, torch.dtype], None]:
     """A head of V rows: with gradients, without, and as the middle one of three shares."""
 
@@ -97,6 +119,9 @@ def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 CASES = [
     KernelCase("swiglu 8192x5504", _swiglu),
+    KernelCase("ssd 8x2048x80x64 G1 N128", _ssd(8, 2048, 80, 64, 1, 128)),
+    KernelCase("ssd 4x4096x128x64 G8 N64", _ssd(4, 4096, 128, 64, 8, 64)),
+    KernelCase("ssd 1x32768x8x128 G2 N256", _ssd(1, 32768, 8, 128, 2, 256, per_channel=True)),
     KernelCase("linear_cross_entropy 8192x2048 V50280", _cross_entropy(8192, 2048, 50280)),
     KernelCase("linear_cross_entropy 8192x512 V1024", _cross_entropy(8192, 512, 1024)),
     KernelCase("rms_norm 4x4096x4096", _norm(4, 4096, 4096)),
