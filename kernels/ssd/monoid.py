@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..dispatch import choose_backend
 from ..numerics import needs_gradient
+from .fused_operator import check_layout, fused_obstacle, ssd_fused
 from .operator import ssd_chunked
+from .reference import ssd_reference
 from .scan import check_arguments
 
 
@@ -27,6 +30,7 @@ def ssd_summary(
     *,
     reset: Tensor | None = None,
     chunk_size: int = 64,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Summarise a stretch of tokens by `(M_BH, S_BHPN)`: the state leaving it is `M * (state entering it) + S`.
 
@@ -34,7 +38,26 @@ def ssd_summary(
     a document starts anywhere in the stretch. Raises ValueError like `ssd_scan`.
     """
     check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset, chunk_size)
+    backend = choose_backend("ssd_summary", backend, x_BLHP, fused_obstacle(x_BLHP, B_BLGN))
     keep_states = needs_gradient(x_BLHP, dt_BLH, A_H, B_BLGN)
-    _, S_BHPN, _ = ssd_chunked(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset, chunk_size, keep_states)
+    tensors = (x_BLHP, dt_BLH, A_H, B_BLGN, None, None, None, reset)
+    if backend == "reference":
+        _, S_BHPN = ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, B_BLGN, reset=reset)
+    elif backend == "torch":
+        _, S_BHPN, _ = ssd_chunked(*tensors, chunk_size, keep_states)
+    else:
+        check_layout(x_BLHP, dt_BLH, B_BLGN, None)
+        if not keep_states:
+            return _fused_summary(x_BLHP, dt_BLH, A_H, B_BLGN, reset)
+        _, S_BHPN, *_ = ssd_fused(*tensors, keep_states)
     M_BH = torch.exp(dt_BLH.to(S_BHPN.dtype).sum(1) * A_H.to(S_BHPN.dtype))
     return M_BH if reset is None else M_BH.masked_fill(reset.any(1)[:, None], 0.0), S_BHPN
+
+
+def _fused_summary(
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from .fused import FusedInputs, prepare, ssd_fused_summary
+
+    inputs = FusedInputs(x_BLHP, dt_BLH, A_H, B_BLGN, None, None, reset)
+    return ssd_fused_summary(inputs, prepare(inputs))

@@ -1,12 +1,13 @@
 """The SSD operator: checks its arguments and picks a backend."""
 
+import torch
 from torch import Tensor
 
+from ..dispatch import choose_backend
 from ..numerics import needs_gradient
+from .fused_operator import check_layout, fused_obstacle, ssd_fused
 from .operator import ssd_chunked
 from .reference import ssd_reference
-
-BACKENDS = ("auto", "reference", "chunked")
 
 
 def ssd_scan(
@@ -32,29 +33,33 @@ def ssd_scan(
         B_BLGN: input projections; G divides H, heads of a group are neighbours.
         C_BLGN: output projections.
         D: skip weights, `(H,)` or `(H, P)`, or None.
-        chunk_size: at most this many tokens a chunk; the backend may take fewer where that is faster. Results do not
-            depend on it but for rounding.
+        chunk_size: at most this many tokens a chunk on the PyTorch path, which may take fewer where that is faster;
+            kernels have chunks of their own. Results do not depend on it but for rounding.
         initial_state: `(B, H, P, N)`, or None for zero.
         reset: `(B, L)` bool, True where a new document starts: nothing from before reaches it.
-        backend: "auto", "reference" (the recurrence itself, slow) or "chunked".
-        keep_states: keep the states between chunks for the backward pass, `L / chunk_size` times `(H, P, N)` a row,
-            instead of computing them again.
+        backend: "auto", "reference" (the recurrence itself, slow), "torch" or "triton" (`kernels/dispatch.py`). Kernels
+            compute in float32 and multiply in the dtype of `x`, autocast or not; P and N are at most 256.
+        keep_states: keep the states between chunks for the backward pass instead of computing them again.
 
     Returns:
         `y_BLHP` in the dtype of `x` and the final state `(B, H, P, N)`, float32 (float64 for float64 inputs).
         Gradients flow through both, to all tensors but `reset`.
 
     Raises:
-        ValueError: an unknown backend, a chunk size below 1, or shapes that do not fit together.
+        ValueError: an unknown backend or one that cannot run, a chunk size below 1, shapes or dtypes that do not fit
+            together, strides that kernels cannot take.
     """
     check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset, chunk_size)
-    if backend == "reference":
-        return ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state, reset)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not available here; use one of {', '.join(BACKENDS)}")
+    backend = choose_backend("ssd_scan", backend, x_BLHP, fused_obstacle(x_BLHP, B_BLGN))
     tensors = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, initial_state)
+    if backend == "reference":
+        return ssd_reference(*tensors, reset)
     keep_states = keep_states and needs_gradient(*tensors)
-    y_BLHP, final_state, _ = ssd_chunked(*tensors, reset, chunk_size, keep_states)
+    if backend == "triton":
+        check_layout(x_BLHP, dt_BLH, B_BLGN, C_BLGN)
+        y_BLHP, final_state, *_ = ssd_fused(*tensors, reset, keep_states)
+    else:
+        y_BLHP, final_state, _ = ssd_chunked(*tensors, reset, chunk_size, keep_states)
     return y_BLHP, final_state
 
 
@@ -90,6 +95,11 @@ def check_arguments(
     for name, (value, shape) in expected.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"{name} has shape {_shape(value)}; with x of shape {_shape(x_BLHP)} give {shape}")
+    for name, value in (("B", B_BLGN), ("C", C_BLGN)):
+        if value is not None and value.dtype != x_BLHP.dtype:
+            raise ValueError(f"{name} is {value.dtype} and x is {x_BLHP.dtype}; give one dtype")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset is {reset.dtype}; give torch.bool, True where a document starts")
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Sums are float64. float32 inputs also keep what rounding took away (`low`), so t
 multiplied step by step. Sums start anew at each document; `start` tells where in the chunk a token's document begins.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,7 @@ class FusedDecays(NamedTuple):
     from_low: Tensor | None
     start: Tensor | None
 
-    def pointers(self) -> dict[str, Tensor | None]:
+    def pointers(self) -> dict[str, Any]:
         """Kernel arguments."""
         return {
             "log_ptr": self.log,
@@ -48,22 +48,28 @@ class FusedDecays(NamedTuple):
         }
 
 
+def empty_decays(dt_BLH: Tensor, reset: Tensor | None, chunk: int, exact: bool) -> FusedDecays:
+    """Room for the decays of chunks of `chunk` tokens."""
+    B, L, H = dt_BLH.shape
+    padded = triton.cdiv(L, chunk) * chunk
+    dt, log, from_ = (dt_BLH.new_empty(B, H, padded, dtype=torch.float32) for _ in range(3))
+    log_low, from_low = (torch.empty_like(log) if exact else None for _ in range(2))
+    start = None if reset is None else dt_BLH.new_empty(B, padded, dtype=torch.int32)
+    return FusedDecays(dt, log, log_low, from_, from_low, start)
+
+
 def compute_fused_decays(dt_BLH: Tensor, A_H: Tensor, reset: Tensor | None, chunk: int, exact: bool) -> FusedDecays:
     """Compute the decays of chunks of `chunk` tokens in one launch; with `exact`, the low parts too."""
     B, L, H = dt_BLH.shape
-    chunks = triton.cdiv(L, chunk)
-    dt, log, from_ = (dt_BLH.new_empty(B, H, chunks * chunk, dtype=torch.float32) for _ in range(3))
-    log_low, from_low = (torch.empty_like(log) if exact else None for _ in range(2))
-    start = None if reset is None else dt_BLH.new_empty(B, chunks * chunk, dtype=torch.int32)
-    decays = FusedDecays(dt, log, log_low, from_, from_low, start)
+    decays = empty_decays(dt_BLH, reset, chunk, exact)
     block = min(16, triton.next_power_of_2(H))
     launch(
         _ssd_decays_kernel,
-        (chunks, B, triton.cdiv(H, block)),
+        (triton.cdiv(L, chunk), B, triton.cdiv(H, block)),
         dt_in_ptr=dt_BLH,
         A_ptr=A_H,
-        reset_ptr=reset,
-        dt_ptr=dt,
+        reset_ptr=None if reset is None else reset.contiguous(),
+        dt_ptr=decays.dt,
         **decays.pointers(),
         dt_row=dt_BLH.stride(0),
         dt_token=dt_BLH.stride(1),
@@ -124,7 +130,7 @@ def _ssd_decays_kernel(
             start = tl.associative_scan(tl.where(reset != 0, q, -1), 0, _later)
             tl.store(start_ptr + row * padded + t, start)
     log, _ = tl.associative_scan((log, starts), 0, add_within_document)
-    from_ = tl.where(dt == 0, FROM_NOTHING, log - tl.log2(dt.to(tl.float64)))
+    from_ = tl.where(dt == 0, FROM_NOTHING, log - tl.log2(tl.where(dt == 0, 1.0, dt).to(tl.float64)))
     high, from_high = log.to(tl.float32), from_.to(tl.float32)
     out = (row * H + h[None, :]) * padded + t[:, None]
     tl.store(dt_ptr + out, dt, mask=h[None, :] < H)

@@ -14,7 +14,7 @@ from .decays import FusedDecays, add_within_document
 
 
 def empty_flows(decays: FusedDecays, parts: int) -> Tensor:
-    """Room for flows, `(parts, 3, B, H, C * Q)`: arriving at outputs, leaving inputs towards outputs, and towards states.
+    """Room for flows, `(parts, 3, B, H, C * Q)`: arriving at outputs, leaving inputs to outputs, leaving to states.
 
     Those that leave are without step sizes. float64 where inputs are float32: arriving and leaving nearly cancel.
     """
@@ -117,11 +117,11 @@ def _ssd_flows_kernel(
     )
     earlier, _ = tl.associative_scan((before * dt_before, flags + starts.to(tl.int32)[:, None]), 0, add_within_document)
     dlog = later + earlier + (through * decay)[None, :]
-    A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(dtype)
     ddt = leaving + to_states + dlog * A[None, :]
     ddt_at = ddt_ptr + (row * length + start + q[:, None]) * H + h[None, :]
     tl.store(ddt_at, ddt.to(ddt_ptr.dtype.element_ty), mask=in_heads & (q < length - start)[:, None])
-    dA = tl.sum(dlog * dt, 0).to(tl.float32)
+    dA = tl.sum(dlog * dt, 0)
     for part in tl.static_range(PARTS):
         tl.store(dheads_ptr + part * batch * chunks * H * width + of_sums, dA, mask=h < H)
-        dA = tl.zeros((BLOCK_H,), tl.float32)
+        dA = tl.zeros((BLOCK_H,), dtype)

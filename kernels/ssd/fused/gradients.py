@@ -24,12 +24,12 @@ from .plan import Plan
 
 
 class ParameterGradients(NamedTuple):
-    """Gradients in the dtypes of their inputs; that of D is None without D."""
+    """Gradients in the dtypes of their inputs; those of C and D are None without them."""
 
     dt_BLH: Tensor
     A_H: Tensor
     B_BLGN: Tensor
-    C_BLGN: Tensor
+    C_BLGN: Tensor | None
     D: Tensor | None
 
 
@@ -52,11 +52,11 @@ def scan_gradients(
     `dy` is contiguous.
     """
     B, L, H, P = x_BLHP.shape
-    keys_shape = (plan.splits, 2, B, L, plan.G, plan.N)
-    dkeys = torch.empty(keys_shape, dtype=B_BLGN.dtype if plan.splits == 1 else torch.float32, device=x_BLHP.device)
+    shape, dtype = (plan.splits, B, L, plan.G, plan.N), B_BLGN.dtype if plan.splits == 1 else torch.float32
+    dB, dC = (torch.empty(shape, dtype=dtype, device=x_BLHP.device) for _ in range(2))
     flows = empty_flows(decays, plan.column_blocks)
     width = 1 if D is None else 1 + D.numel() // H
-    dheads = decays.dt.new_empty(plan.column_blocks * B * plan.chunks, H, width)
+    dheads = flows.new_empty(plan.column_blocks * B * plan.chunks, H, width)
     launch(
         _ssd_gradients_kernel,
         (plan.chunks * plan.column_blocks, B * plan.G, plan.splits),
@@ -70,7 +70,8 @@ def scan_gradients(
         states_ptr=states,
         dstates_ptr=dstates,
         flows_ptr=flows,
-        dkeys_ptr=dkeys,
+        dB_ptr=dB,
+        dC_ptr=dC,
         dheads_ptr=dheads,
         x_row=x_BLHP.stride(0),
         x_token=x_BLHP.stride(1),
@@ -96,36 +97,40 @@ def scan_gradients(
         PRECISION=plan.precision,
         **plan.options("gradients"),
     )
-    dkeys = dkeys[0] if plan.splits == 1 else _sum_parts(dkeys, B_BLGN.dtype)
+    dB, dC = (dB[0], dC[0]) if plan.splits == 1 else _sum_splits(dB, dC, B_BLGN.dtype)
     ddt = through_fused_decays(flows, dheads, decays, dt_BLH, A_H, plan.chunk)
     dheads = dheads.sum(0)
-    dD = None if D is None else dheads[:, 1:].reshape(D.shape).to(D.dtype)
-    return ParameterGradients(ddt, dheads[:, 0].to(A_H.dtype), dkeys[0], dkeys[1], dD)
+    dD = None if D is None else dheads[:, 1:].reshape(D.shape).to(D.dtype, copy=True)
+    return ParameterGradients(ddt, dheads[:, 0].to(A_H.dtype, copy=True), dB, dC, dD)
 
 
-def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dim in order, in float32, in one launch."""
-    total = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+def _sum_splits(dB: Tensor, dC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum both over the first dim in order, in float32, in one launch."""
+    total_B, total_C = (torch.empty(dB.shape[1:], dtype=dtype, device=dB.device) for _ in range(2))
     launch(
-        _ssd_sum_parts_kernel,
-        (triton.cdiv(total.numel(), 1024),),
-        parts_ptr=parts,
-        total_ptr=total,
-        size=total.numel(),
-        parts=parts.shape[0],
+        _ssd_sum_splits_kernel,
+        (triton.cdiv(total_B.numel(), 1024), 2),
+        B_ptr=dB,
+        C_ptr=dC,
+        total_B_ptr=total_B,
+        total_C_ptr=total_C,
+        size=total_B.numel(),
+        splits=dB.shape[0],
         BLOCK=1024,
     )
-    return total
+    return total_B, total_C
 
 
 @triton.jit
-def _ssd_sum_parts_kernel(parts_ptr, total_ptr, size, parts, BLOCK: tl.constexpr):
+def _ssd_sum_splits_kernel(B_ptr, C_ptr, total_B_ptr, total_C_ptr, size, splits, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 1:
+        B_ptr, total_B_ptr = C_ptr, total_C_ptr
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, parts):
-        total += tl.load(parts_ptr + i, mask=i < size, other=0.0)
-        parts_ptr += size
-    tl.store(total_ptr + i, total.to(total_ptr.dtype.element_ty), mask=i < size)
+    for _ in range(0, splits):
+        total += tl.load(B_ptr + i, mask=i < size, other=0.0)
+        B_ptr += size
+    tl.store(total_B_ptr + i, total.to(total_B_ptr.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -144,7 +149,8 @@ def _ssd_gradients_kernel(
     states_ptr,
     dstates_ptr,
     flows_ptr,
-    dkeys_ptr,
+    dB_ptr,
+    dC_ptr,
     dheads_ptr,
     x_row,
     x_token: tl.constexpr,
@@ -188,6 +194,8 @@ def _ssd_gradients_kernel(
     products_ptr += ((row * chunks + c) * G + group) * Q * Q
     dB, dC = tl.zeros((Q, BLOCK_N), tl.float32), tl.zeros((Q, BLOCK_N), tl.float32)
     dproducts = tl.zeros((Q, Q), tl.float32)
+    # Sums of flows nearly cancel where decays are fast: float64 where inputs are float32.
+    wide = flows_ptr.dtype.element_ty
     first_head = split * split_heads
     last_head = tl.minimum(first_head + split_heads, H // G)
     for head in range(0, last_head - first_head):
@@ -219,7 +227,7 @@ def _ssd_gradients_kernel(
         flow = dmixing * tl.load(products_ptr + (q[:, None] * Q + q[None, :])).to(tl.float32)
         dproducts += dmixing * dt[None, :]
         # What flows within the chunk counts once, with the first columns.
-        flow = (flow * (columns == 0)).to(flows_ptr.dtype.element_ty)
+        flow = (flow * (columns == 0)).to(wide)
         arriving = tl.sum(flow * dt[None, :], 1)
         flows_at = flows_ptr + ((columns * 3 * batch + row) * H + h) * chunks * Q + start
         plane = (row * 0 + batch) * H * chunks * Q
@@ -228,8 +236,8 @@ def _ssd_gradients_kernel(
         # From the entering state, and to the leaving one.
         into = into_decay(log_ptr, log_low_ptr, start_ptr, at, start_at, Q)
         out = out_weight(log_ptr, log_low_ptr, log_ptr, log_low_ptr, start_ptr, at, start_at, Q)
-        leaving = tl.zeros((Q,), tl.float32)
-        through = 0.0
+        leaving = tl.zeros((Q,), wide)
+        through = tl.sum(leaving)
         for block in tl.static_range(BLOCKS_P):
             p = block * BLOCK_P + p0
             in_p = (p < P)[None, :]
@@ -261,19 +269,19 @@ def _ssd_gradients_kernel(
                 weighted = (k_dy.to(tl.float32) * weight[:, None]).to(k_queries.dtype)
                 dstate *= through_decay(log_ptr, log_low_ptr, start_ptr, k_at, k_start_at, Q)
                 dstate = tl.dot(tl.trans(k_queries), weighted, dstate, input_precision=PRECISION)
-            through += tl.sum(state * dstate)
+            through += tl.sum(state.to(wide) * dstate.to(wide))
             # B and C are loaded again for each head: in float32 they would stay in registers all along.
             dy = tl.load(dy_at + (q[:, None] * (H * P) + p[None, :]), mask=at_p, other=0.0)
             weighted = (dy.to(tl.float32) * into[:, None]).to(dy.dtype)
             dC_head = tl.dot(weighted, tl.trans(state.to(dy.dtype)), input_precision=PRECISION)
             queries = tl.load(C_ptr + start * C_token + (q[:, None] * C_token + n[None, :]), mask=at_n, other=0.0)
-            arriving += tl.sum(dC_head * queries.to(tl.float32), 1)
+            arriving += tl.sum(dC_head.to(wide) * queries.to(wide), 1)
             dC += dC_head
             x = tl.load(x_at + (q[:, None] * x_token + p[None, :]), mask=at_p, other=0.0)
             weighted = (x.to(tl.float32) * out[:, None]).to(x.dtype)
             dB_head = tl.dot(weighted, tl.trans(dstate.to(x.dtype)), input_precision=PRECISION)
             keys = tl.load(B_ptr + start * B_token + (q[:, None] * B_token + n[None, :]), mask=at_n, other=0.0)
-            leaving += tl.sum(dB_head * keys.to(tl.float32), 1)
+            leaving += tl.sum(dB_head.to(wide) * keys.to(wide), 1)
             dB += dB_head * dt[:, None]
         tl.store(flows_at + q, arriving)
         tl.store(flows_at + 2 * plane + q, leaving)
@@ -283,8 +291,7 @@ def _ssd_gradients_kernel(
     dproducts = dproducts.to(keys.dtype)
     dB += tl.dot(tl.trans(dproducts), queries, input_precision=PRECISION)
     dC += tl.dot(dproducts, keys, input_precision=PRECISION)
-    of_B = (((split * 2 * batch + row) * length + start) * G + group) * N
-    of_C = (((split * 2 * batch + batch + row) * length + start) * G + group) * N
+    of_group = (((split * batch + row) * length + start) * G + group) * N
     in_group = q[:, None] * (G * N) + n[None, :]
-    tl.store(dkeys_ptr + of_B + in_group, dB.to(dkeys_ptr.dtype.element_ty), mask=at_n)
-    tl.store(dkeys_ptr + of_C + in_group, dC.to(dkeys_ptr.dtype.element_ty), mask=at_n)
+    tl.store(dB_ptr + of_group + in_group, dB.to(dB_ptr.dtype.element_ty), mask=at_n)
+    tl.store(dC_ptr + of_group + in_group, dC.to(dC_ptr.dtype.element_ty), mask=at_n)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .decays import FusedDecays, compute_fused_decays
 from .gradients import ParameterGradients, scan_gradients
 from .plan import Plan, make_plan
-from .scan import products_of_groups, scan_chunks
+from .scan import empty_products, products_of_groups, scan_chunks
 from .states import compose_segments, pass_states
 
 
@@ -51,12 +51,17 @@ def prepare(inputs: FusedInputs) -> Shared:
 
 def ssd_fused_forward(
     inputs: FusedInputs, initial_state: Tensor | None, shared: Shared, *, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `y_BLHP`, the final state `(B, H, P, N)` float32 and, with `keep`, the states that enter the spans."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return `y_BLHP` (None without C), the final state `(B, H, P, N)` float32, and the states that enter spans.
+
+    The last are None unless `keep`.
+    """
     plan, decays, products = shared
     x, B, C = inputs.x_BLHP, inputs.B_BLGN, inputs.C_BLGN
-    assert C is not None and products is not None
     entering = _entering(x, B, shared, initial_state, reverse=False)
+    if C is None or products is None:
+        _, leaving, kept = pass_states(x, B, decays, plan, entering, reverse=False, keep=keep, segments=plan.segments)
+        return None, leaving[:, -1].clone(), kept
     return scan_chunks(
         x, C, B, inputs.D, products, decays, plan, entering, reverse=False, keep=keep, segments=plan.segments
     )
@@ -83,15 +88,15 @@ def ssd_fused_backward(
 ) -> tuple[Tensor, ParameterGradients, Tensor]:
     """Return the gradient of x, those of the other inputs, and that of the initial state `(B, H, P, N)` float32.
 
-    `states` are those that the forward pass kept, or None to compute them again. Without outputs the gradient of C is
-    zero, or meaningless where there is no C.
+    `states` are those that the forward pass kept, or None to compute them again. The gradient of C is None without C.
     """
     x, dt, A, B, C, D, _ = inputs
     plan, decays, products = shared
+    # Without outputs all that travels back is the gradient of the final state: as with outputs that count for nothing.
     dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy_BLHP is None else dy_BLHP.contiguous()
+    has_outputs = C is not None
     if C is None or products is None:
-        C, products = B, torch.zeros(1, dtype=B.dtype, device=B.device).expand(1)
-        raise NotImplementedError
+        C, products = torch.zeros(B.shape, dtype=B.dtype, device=B.device), empty_products(B, plan).zero_()
     if states is None:
         entering = _entering(x, B, shared, initial_state, reverse=False)
         _, _, states = pass_states(x, B, decays, plan, entering, reverse=False, keep=True, segments=plan.segments)
@@ -99,9 +104,10 @@ def ssd_fused_backward(
     dx, dinitial, dstates = scan_chunks(
         dy, B, C, D, products, decays, plan, dentering, reverse=True, keep=True, segments=plan.segments
     )
-    assert states is not None and dstates is not None
+    assert states is not None
+    assert dstates is not None
     grads = scan_gradients(dy, x, dt, A, B, C, D, products, decays, plan, states, dstates)
-    return dx, grads, dinitial
+    return dx, grads if has_outputs else grads._replace(C_BLGN=None), dinitial
 
 
 def _entering(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...launch import launch
-from .decays import FusedDecays, weight_between, into_decay, out_weight, sees, through_decay
+from .decays import FusedDecays, into_decay, out_weight, sees, through_decay, weight_between
 from .plan import Plan
 
 
@@ -73,10 +73,15 @@ def scan_chunks(
     return out_BLHP, last, kept
 
 
+def empty_products(B_BLGN: Tensor, plan: Plan) -> Tensor:
+    """Room for one product a chunk and group, `(B, C, G, Q, Q)`."""
+    return B_BLGN.new_empty(B_BLGN.shape[0], plan.chunks, plan.G, plan.chunk, plan.chunk)
+
+
 def products_of_groups(B_BLGN: Tensor, C_BLGN: Tensor, plan: Plan) -> Tensor:
     """Compute `C B^T` of every chunk, which the heads of a group share, `(B, C, G, Q, Q)` in the dtype of B."""
     B = B_BLGN.shape[0]
-    products = B_BLGN.new_empty(B, plan.chunks, plan.G, plan.chunk, plan.chunk)
+    products = empty_products(B_BLGN, plan)
     launch(
         _ssd_products_kernel,
         (plan.chunks, B * plan.G),
