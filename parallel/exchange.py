@@ -64,7 +64,7 @@ class StateExchange:
     on_one_machine: bool = False
 
     def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> "Running":
-        """Begin with the summaries of this rank's segments, in order; see `kernels/ssd/segmented.py`."""
+        """Begin with the summaries of this rank's segments, in order; see `kernels/ssd/exchange.py`."""
         scan = _Scan(self, dist.get_rank(self.group), M, S, reverse)
         return Running(scan.run(), S[0])
 

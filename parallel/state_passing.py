@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..kernels import causal_conv1d
 from ..kernels.affine import SCALAR, Transition
-from ..kernels.ssd.segmented import Pending, ssd_segments
+from ..kernels.ssd.exchange import Pending
+from ..kernels.ssd.segmented import ssd_segments
 from ..model.mixers import mamba2
 from ..model.mixers.mamba2 import ScanInputs
 from ..model.sequence import SequenceContext

@@ -8,11 +8,12 @@ chunks meanwhile, then what the leaving states give to the tokens. Nothing is co
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..dispatch import choose_backend
 from ..numerics import one_operator
 from .chunked import (
     add_entering_state,
@@ -34,31 +35,9 @@ from .chunked_backward import (
     through_leaving_states,
     within_chunks,
 )
+from .exchange import Exchange
+from .fused_operator import check_layout, fused_obstacle
 from .layout import Chunks, Decays, compute_decays, cut, cut_into_chunks
-
-
-class Pending(Protocol):
-    """An exchange under way."""
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing to wait for, so that no work need be put before what waits."""
-        ...
-
-    def wait(self) -> list[Tensor | None]:
-        """The state `(B, H, P, N)` that arrives at each segment, None where nothing does."""
-        ...
-
-
-class Exchange(Protocol):
-    """Turns what segments do to a state into the states that enter them, wherever the segments are."""
-
-    def start(self, M: list[Tensor], S: list[Tensor], *, reverse: bool = False) -> Pending:
-        """Begin with the summaries of this process's segments: `M` of shape `(B, H)`, `S` of shape `(B, H, P, N)`.
-
-        With `reverse`, gradients travel from the last segment to the first.
-        """
-        ...
 
 
 class Segment:
@@ -89,6 +68,7 @@ def ssd_segments(
     exchange: Exchange,
     reset: Tensor | None = None,
     chunk_size: int = 64,
+    backend: str = "auto",
 ) -> Tensor:
     """`ssd_scan` of the segments that a process holds, one behind the other along L, none of them empty.
 
@@ -96,7 +76,16 @@ def ssd_segments(
     Gradients flow to all tensors but `reset`, those of other processes' segments included. Collective wherever
     `exchange` is, forward and backward.
     """
-    return _Segmented.apply(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, reset, tuple(segments), exchange, chunk_size)
+    backend = choose_backend("ssd_segments", backend, x_BLHP, fused_obstacle(x_BLHP, B_BLGN))
+    tensors = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, reset)
+    if backend == "reference":
+        raise ValueError("ssd_segments: the recurrence itself has no segments; ask for backend 'torch' or 'auto'")
+    if backend == "triton":
+        from .fused.segments import FusedSegmented
+
+        check_layout(x_BLHP, dt_BLH, B_BLGN, C_BLGN)
+        return FusedSegmented.apply(*tensors, tuple(segments), exchange)
+    return _Segmented.apply(*tensors, tuple(segments), exchange, chunk_size)
 
 
 class _Segmented(torch.autograd.Function):

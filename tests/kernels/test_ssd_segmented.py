@@ -10,7 +10,9 @@ from torch import Tensor
 
 from headrace.kernels import ssd_scan
 from headrace.kernels.affine import SCALAR
+from headrace.kernels.ssd import ssd_reference
 from headrace.kernels.ssd.segmented import ssd_segments
+from judge import assert_as_exact
 
 
 class InOrder:
@@ -99,3 +101,20 @@ def test_no_less_exact_than_the_recurrence(dtype: torch.dtype, done: bool) -> No
     )
     for e, w, c in zip(exact, whole, cut, strict=True):
         assert (c.double() - e).norm() <= 2 * (w.double() - e).norm() + 1e-12
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("lengths", [(40,), (17, 1, 30)], ids=str)
+def test_segments_in_triton(lengths: tuple[int, ...]) -> None:
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    segments = [slice(a, b) for a, b in pairwise(bounds)]
+    reset = torch.rand(2, bounds[-1], generator=torch.Generator().manual_seed(1)) < 0.05
+    exchange = LocalExchange(done=True)
+
+    def cut(*inputs: Tensor) -> Tensor:
+        return ssd_segments(*inputs, segments=segments, exchange=exchange, reset=reset, backend="triton")
+
+    assert_as_exact(
+        cut, lambda *t: ssd_reference(*t, reset=reset)[0], draw_inputs(bounds[-1], 4, 2, 3, torch.float64, "head")
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...launch import launch
 from .decays import FusedDecays, into_decay, out_weight, sees, through_decay, weight_between
 from .flows import empty_flows, through_fused_decays
-from .plan import Plan
+from .plan import Plan, row_and_token
 
 
 class ParameterGradients(NamedTuple):
@@ -51,7 +51,7 @@ def scan_gradients(
 
     `dy` is contiguous.
     """
-    B, L, H, P = x_BLHP.shape
+    B, L, H = dt_BLH.shape
     shape, dtype = (plan.splits, B, L, plan.G, plan.N), B_BLGN.dtype if plan.splits == 1 else torch.float32
     dB, dC = (torch.empty(shape, dtype=dtype, device=x_BLHP.device) for _ in range(2))
     flows = empty_flows(decays, plan.column_blocks)
@@ -73,28 +73,19 @@ def scan_gradients(
         dB_ptr=dB,
         dC_ptr=dC,
         dheads_ptr=dheads,
-        x_row=x_BLHP.stride(0),
-        x_token=x_BLHP.stride(1),
-        B_row=B_BLGN.stride(0),
-        B_token=B_BLGN.stride(1),
-        C_row=C_BLGN.stride(0),
-        C_token=C_BLGN.stride(1),
+        **row_and_token("x", x_BLHP),
+        **row_and_token("B", B_BLGN),
+        **row_and_token("C", C_BLGN),
         batch=B,
         length=L,
-        chunks=plan.chunks,
         H=H,
         G=plan.G,
         split_heads=triton.cdiv(H // plan.G, plan.splits),
-        P=P,
-        N=plan.N,
         D_WIDTH=width - 1,
-        SPAN=plan.span,
-        Q=plan.chunk,
-        BLOCK_P=plan.block_p,
         BLOCKS_P=plan.blocks_p,
         BLOCK_N=plan.column_block,
         BLOCKS_N=plan.column_blocks,
-        PRECISION=plan.precision,
+        **plan.constants(),
         **plan.options("gradients"),
     )
     dB, dC = (dB[0], dC[0]) if plan.splits == 1 else _sum_splits(dB, dC, B_BLGN.dtype)

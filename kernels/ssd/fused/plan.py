@@ -1,6 +1,7 @@
 """How the fused path lays out a problem: chunks, spans of chunks that share one kept state, segments, tiles."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +75,18 @@ class Plan:
         """Chunks of one of `segments` segments, whole spans; the last segments may be shorter or empty."""
         return triton.cdiv(self.spans, segments) * self.span
 
+    def constants(self) -> dict[str, Any]:
+        """Kernel arguments that are the same in all kernels of a call that deal with states."""
+        return {
+            "chunks": self.chunks,
+            "P": self.P,
+            "N": self.N,
+            "SPAN": self.span,
+            "Q": self.chunk,
+            "BLOCK_P": self.block_p,
+            "PRECISION": self.precision,
+        }
+
     def options(self, kernel: str) -> dict[str, int]:
         """Warps and stages of `scan`, `states` or `gradients`."""
         return {"num_warps": self.tiles[f"{kernel}_warps"], "num_stages": self.tiles[f"{kernel}_stages"]}
@@ -82,6 +95,11 @@ class Plan:
         """Room for one state a span, `(B, spans, H, P, N)` in the dtype of `x`."""
         B, _, H, P = x_BLHP.shape
         return x_BLHP.new_empty(B, self.spans, H, P, self.N)
+
+
+def row_and_token(name: str, value: Tensor) -> dict[str, Any]:
+    """Kernel arguments that tell how far apart rows and tokens of a tensor are."""
+    return {f"{name}_row": value.stride(0), f"{name}_token": value.stride(1)}
 
 
 def make_plan(x_BLHP: Tensor, B_BLGN: Tensor) -> Plan:

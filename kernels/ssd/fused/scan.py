@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...launch import launch
 from .decays import FusedDecays, into_decay, out_weight, sees, through_decay, weight_between
-from .plan import Plan
+from .plan import Plan, row_and_token
 
 
 def scan_chunks(
@@ -48,26 +48,17 @@ def scan_chunks(
         out_ptr=out_BLHP,
         last_ptr=last,
         kept_ptr=kept,
-        values_row=values_BLHP.stride(0),
-        values_token=values_BLHP.stride(1),
-        reads_row=reads_BLGN.stride(0),
-        reads_token=reads_BLGN.stride(1),
-        writes_row=writes_BLGN.stride(0),
-        writes_token=writes_BLGN.stride(1),
+        **row_and_token("values", values_BLHP),
+        **row_and_token("reads", reads_BLGN),
+        **row_and_token("writes", writes_BLGN),
         length=L,
-        chunks=plan.chunks,
         segment_chunks=plan.segment_chunks(segments),
         H=H,
         heads_per_group=H // plan.G,
-        P=P,
-        N=plan.N,
         D_PER_CHANNEL=D is not None and D.dim() == 2,
         REVERSE=reverse,
-        SPAN=plan.span,
-        Q=plan.chunk,
-        BLOCK_P=plan.block_p,
         BLOCK_N=plan.block_n,
-        PRECISION=plan.precision,
+        **plan.constants(),
         **plan.options("scan"),
     )
     return out_BLHP, last, kept

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...launch import launch
 from .decays import FusedDecays, into_decay, out_weight, through_decay
-from .plan import Plan
+from .plan import Plan, row_and_token
 
 
 def pass_states(
@@ -45,23 +45,15 @@ def pass_states(
         total_ptr=total,
         leaving_ptr=leaving,
         kept_ptr=kept,
-        values_row=values_BLHP.stride(0),
-        values_token=values_BLHP.stride(1),
-        keys_row=keys_BLGN.stride(0),
-        keys_token=keys_BLGN.stride(1),
+        **row_and_token("values", values_BLHP),
+        **row_and_token("keys", keys_BLGN),
         length=values_BLHP.shape[1],
-        chunks=plan.chunks,
         segment_chunks=plan.segment_chunks(segments),
         H=H,
         heads_per_group=H // plan.G,
-        P=plan.P,
-        N=plan.N,
         REVERSE=reverse,
-        SPAN=plan.span,
-        Q=plan.chunk,
-        BLOCK_P=plan.block_p,
         BLOCK_N=plan.block_n,
-        PRECISION=plan.precision,
+        **plan.constants(),
         **plan.options("states"),
     )
     return total, leaving, kept
