@@ -112,6 +112,24 @@ def _embedding(T: int, V: int, D: int) -> Callable[[str, torch.dtype], None]:
     return run
 
 
+def _conv1d(B: int, L: int, D: int, K: int, *, everything: bool = True) -> Callable[[str, torch.dtype], None]:
+    """The convolution over D channels of a wider projection; `everything`: with bias, states and resets."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.conv1d.fused import conv1d_backward, conv1d_forward
+
+        x = random(device, dtype, B, L, 2 * D)[..., D:]
+        weight, dy = random(device, torch.float32, D, K), random(device, dtype, B, L, D)
+        bias = initial = dfinal = reset = None
+        if everything:
+            bias, reset = random(device, torch.float32, D), torch.zeros(B, L, dtype=torch.bool, device=device)
+            initial, dfinal = (random(device, dtype, B, K - 1, D) for _ in range(2))
+        conv1d_forward(x, weight, bias, initial, reset, True)
+        conv1d_backward(dy, dfinal, x, weight, bias, initial, reset, True)
+
+    return run
+
+
 def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Normal values."""
     return torch.randn(shape, device=device).to(dtype)
@@ -136,4 +154,7 @@ CASES = [
     KernelCase("embedding 65536 tokens, 256x768", _embedding(65536, 256, 768)),
     KernelCase("add_rms_norm 4x4096x2048", _add_norm(4, 4096, 2048)),
     KernelCase("add_rms_norm 4x4096x8192", _add_norm(4, 4096, 8192)),
+    KernelCase("causal_conv1d 4x4096x6144 K4", _conv1d(4, 4096, 6144, 4)),
+    KernelCase("causal_conv1d 1x131072x4352 K4, plain", _conv1d(1, 131072, 4352, 4, everything=False)),
+    KernelCase("causal_conv1d 4x4096x2048 K8", _conv1d(4, 4096, 2048, 8)),
 ]

@@ -142,8 +142,8 @@ def test_opcheck_and_compile() -> None:
     x, weight, bias, state = make_inputs(2, 20, 3, 4, dtype=torch.float32)
     operator = torch.ops.headrace.causal_conv1d.default
     reset = random_reset(2, 20, 2, 0.2)
-    torch.library.opcheck(operator, (x, weight, bias, state, reset, True))
-    torch.library.opcheck(operator, (x, weight, None, None, None, False))
+    torch.library.opcheck(operator, (x, weight, bias, state, reset, True, False))
+    torch.library.opcheck(operator, (x, weight, None, None, None, False, False))
 
     def loss_of(x: Tensor) -> Tensor:
         y, final_state = causal_conv1d(torch.sin(x), weight, bias, initial_state=state, reset=reset)
