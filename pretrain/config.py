@@ -55,6 +55,8 @@ class TrainConfig:
         precision: `auto` is bfloat16 on CUDA and float32 elsewhere; parameters and state are float32 in both.
         recompute: which activations a block recomputes in backward.
         compile: compile each block with torch.compile.
+        kernels: what computes the operators: `triton`, `torch`, the `reference` definitions (slow), or `auto`, which is
+            Triton on GPUs and PyTorch elsewhere.
         nonfinite_limit: updates in a row that may be skipped for a non-finite gradient before the run stops.
     """
 
@@ -65,6 +67,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: Recompute = "none"
     compile: bool = False
+    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     nonfinite_limit: int = 10
 
     def problems(self, data_ranks: int | None = None) -> list[str]:

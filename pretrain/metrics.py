@@ -19,9 +19,10 @@ class Metrics:
         self.file = path.open("ab", buffering=0)
         self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
 
-    def start(self, step: int, tokens: int) -> None:
-        """The run starts, or goes on, after `step`."""
-        self._write({"kind": "start", "step": step, "tokens": tokens})
+    def start(self, step: int, tokens: int, kernels: str) -> None:
+        """The run starts, or goes on, after `step`, with operators computed by `kernels`."""
+        self._show(f"kernels: {kernels}")
+        self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels})
 
     def train(self, record: dict[str, Any], seconds_left: float) -> None:
         """One update's record (see docs/metrics.md for its keys)."""

@@ -10,6 +10,7 @@ import torch
 
 from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
+from ..kernels.dispatch import choose_backend
 from ..model.lm import HybridLM
 from ..parallel.comm import do_together
 from ..parallel.fsdp import materialise
@@ -93,7 +94,8 @@ def fill_run(
     tensors = training_tensors(engine.named_parameters(), optimizers)
     facts = data_facts(config, rows.dataset)
     progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
-    record = {"layout": mesh.degrees, "data": facts, "resumed_at": progress.step}
+    kernels = choose_kernels(config, world.device)
+    record = {"layout": mesh.degrees, "data": facts, "resumed_at": progress.step, "kernels": kernels}
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
@@ -137,7 +139,7 @@ def open_record(
     cut_metrics(folder.metrics, progress.step)
     metrics = Metrics(config, folder.metrics)
     if progress.step < config.train.steps:
-        metrics.start(progress.step, progress.tokens)
+        metrics.start(progress.step, progress.tokens, facts["kernels"])
     return metrics
 
 
@@ -166,13 +168,27 @@ def check_compiler() -> None:
         raise UserError(f"train.compile=true needs a compiler, and there is no {name}; install g++ or set CXX")
 
 
+def choose_kernels(config: Config, device: torch.device) -> str:
+    """What `train.kernels` comes to on this device.
+
+    Raises:
+        UserError: Triton is asked for and cannot run here.
+    """
+    x = torch.empty(0, dtype=compute_dtype(config, device), device=device)
+    try:
+        return choose_backend("train.kernels=triton", config.train.kernels, x)
+    except ValueError as error:
+        raise UserError(str(error), everywhere=True) from None
+
+
 def build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
     """The spread model with its initial values, this rank's stages of it where there is a pipeline.
 
     Raises:
-        UserError: it is to be compiled without a compiler.
+        UserError: it is to be compiled without a compiler, or run by kernels that cannot run here.
     """
     parallel = config.parallel
+    choose_kernels(config, world.device)
     if config.train.compile:
         check_compiler()
     if parallel.pp == 1:

@@ -8,6 +8,7 @@ import torch
 
 from ..data import TokenDataset
 from ..errors import UserError
+from ..kernels.dispatch import use_backend
 from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
 from ..parallel.watch import Watch
@@ -34,11 +35,17 @@ def train(config: Config, world: World, until: int | None = None, watch: Watch |
     Raises:
         UserError: for anything the user can put right.
     """
-    run = build_run(config, world)
+    with use_backend(config.train.kernels):
+        return take_steps(build_run(config, world), until, watch)
+
+
+def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
+    """The loop of `train`. Collective."""
+    config = run.config
     progress, steps, clip_norm = run.progress, config.train.steps, config.train.clip_norm
     stop = steps if until is None else min(until, steps)
-    skipped_in_a_row = torch.zeros((), device=world.device)
-    skipped = torch.zeros((), device=world.device)
+    skipped_in_a_row = torch.zeros((), device=run.world.device)
+    skipped = torch.zeros((), device=run.world.device)
     pace = Pace()
     try:
         while progress.step < stop:

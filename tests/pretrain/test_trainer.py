@@ -69,6 +69,32 @@ def rewind(config: Config, to_step: int) -> None:
         file.write(b'{"kind": "train", "st\xff')
 
 
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+@pytest.mark.parametrize(
+    ("ranks", "layout", "others"), [(1, "parallel.cp=1", ["triton", "reference"]), (2, "parallel.cp=2", ["triton"])]
+)
+def test_kernels_train_as_pytorch_does(
+    gloo: Callable, tmp_path: Path, data: Path, ranks: int, layout: str, others: list[str]
+) -> None:
+    curves = {}
+    for kernels in ["torch", *others]:
+        choice = (layout, f"train.kernels={kernels}", f"run.name={kernels}", "train.steps=1", "train.batch_rows=2")
+        config = tiny_config(tmp_path, data, *choice)
+        assert gloo(ranks, run_to_end, config, timeout_s=200) == [1] * ranks
+        curves[kernels] = losses(config) + norms(config)
+        assert [start["kernels"] for start in records(config, "start")] == [kernels]
+    for kernels in others:
+        assert curves[kernels] == pytest.approx(curves["torch"], rel=1e-5)
+
+
+def test_kernels_that_cannot_run_are_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "train.kernels=triton", "train.precision=bfloat16")
+    (message,) = gloo(1, run_expecting_refusal, config)
+    assert message.startswith("train.kernels=triton: Triton cannot run: ")
+    assert not (config.run.folder / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -> None:
     config = tiny_config(tmp_path, data, "eval.every_steps=3")
@@ -303,7 +329,7 @@ def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, 
 def test_a_full_disk_is_a_users_mistake(tmp_path: Path, data: Path) -> None:
     metrics = Metrics(tiny_config(tmp_path, data), Path("/dev/full"))
     with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
-        metrics.start(0, 0)
+        metrics.start(0, 0, "torch")
     metrics.close()
 
 
