@@ -79,9 +79,9 @@ def test_kernels_train_as_pytorch_does(
 ) -> None:
     curves = {}
     for kernels in ["torch", *others]:
-        choice = (layout, f"train.kernels={kernels}", f"run.name={kernels}", "train.steps=1", "train.batch_rows=2")
+        choice = (layout, f"train.kernels={kernels}", f"run.name={kernels}", "train.steps=2", "train.batch_rows=2")
         config = tiny_config(tmp_path, data, *choice)
-        assert gloo(ranks, run_to_end, config, timeout_s=200) == [1] * ranks
+        assert gloo(ranks, run_to_end, config, timeout_s=200) == [2] * ranks
         curves[kernels] = losses(config) + norms(config)
         assert [start["kernels"] for start in records(config, "start")] == [kernels]
     for kernels in others:
