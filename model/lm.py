@@ -1,6 +1,7 @@
 """The language model."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +82,15 @@ class HybridLM(nn.Module):
         seq = SequenceContext() if seq is None else seq
         seq.enter(*tokens_BL.shape)
         x_BLD = self._begin(tokens_BL) if inflow_BLD is None else inflow_BLD
+        update_BLD: Any = None  # of the last layer, not yet added
         for layer in self.layers.values():
-            x_BLD = layer(x_BLD, seq)
+            x_BLD, update_BLD = layer(x_BLD, seq, update_BLD)
         seq.advance(tokens_BL.shape[1], tokens_BL.device, tokens_BL.shape[0])
         if self.norm is None:
-            return x_BLD
+            return x_BLD + update_BLD
         if last_only:
-            x_BLD = x_BLD[:, -1:]
-        x_BLD = self.norm(x_BLD)
+            x_BLD, update_BLD = x_BLD[:, -1:], update_BLD[:, -1:]
+        x_BLD, _ = self.norm(x_BLD, update_BLD)
         head = self.embed if self.lm_head is None else self.lm_head
         assert head is not None
         if targets_BL is not None:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import gated_rms_norm, rms_norm
+from ..kernels import add_rms_norm, gated_rms_norm, rms_norm
 from .init import Constant
 from .rules import REPLICATED, ParameterRule
 
@@ -20,9 +20,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), float("nan")))
         self.eps = eps
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Normalise; the result has the weight's dtype, also when the residual stream is kept in float32."""
-        return rms_norm(x_BLD, self.weight, self.eps).to(self.weight.dtype)
+    def forward(self, x_BLD: Tensor, update_BLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add `update` to the residual stream; return the norm of it in the weight's dtype, and the stream."""
+        if update_BLD is None:
+            return rms_norm(x_BLD, self.weight, self.eps).to(self.weight.dtype), x_BLD
+        return add_rms_norm(x_BLD, update_BLD, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

@@ -1,9 +1,11 @@
 """Recompute activations in backward instead of keeping them, block by block."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
     CheckpointPolicy,
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import (
 
 from ..kernels.numerics import inside_operator
 from ..model.lm import HybridLM
+from ..model.sequence import SequenceContext
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -47,7 +50,12 @@ def recompute_blocks(model: HybridLM, how: Recompute) -> None:
         SAC_IGNORED_OPS.update(MARKS)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.layers.values():
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = partial(_recomputed, partial(checkpoint, block.forward, **options))
+
+
+def _recomputed(block: Callable, x_BLD: Tensor, seq: SequenceContext, update_BLD: Tensor | None) -> Any:
+    """The block from the sum of stream and update: of those two, one tensor is kept and not both."""
+    return block(x_BLD if update_BLD is None else x_BLD + update_BLD, seq, None)
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -48,7 +48,7 @@ def test_residual_stream_dtype(wide: bool, small_models: dict[str, ModelConfig],
     model = build(config, torch.bfloat16)
     seen: list[torch.dtype] = []
     for layer in model.layers.values():
-        layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        layer.register_forward_hook(lambda module, args, output: seen.append(output[0].dtype))
         layer.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     logits = model(torch.zeros(1, 4, dtype=torch.long))
     stream = torch.float32 if wide else torch.bfloat16
@@ -64,7 +64,7 @@ def test_blocks_can_be_recomputed(small_models: dict[str, ModelConfig], build: B
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     for layer in model.layers.values():
-        layer.forward = lambda x, seq, plain=layer.forward: checkpoint(plain, x, seq, use_reentrant=False)
+        layer.forward = lambda *inputs, plain=layer.forward: checkpoint(plain, *inputs, use_reentrant=False)
     model(tokens, SequenceContext(reset), targets)[0].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)

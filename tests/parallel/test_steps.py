@@ -174,7 +174,7 @@ def mixed_precision_dtypes() -> dict[str, set[str]]:
     seen: dict[str, set[str]] = {"residual": set(), "matrix": set(), "ssm": set()}
     kinds = model.parameter_kinds()
     for index, block in model.layers.items():
-        block.register_forward_hook(lambda module, inputs, output: seen["residual"].add(str(output.dtype)))
+        block.register_forward_hook(lambda module, inputs, output: seen["residual"].add(str(output[0].dtype)))
         for name, module in block.named_modules():
             prefix = f"layers.{index}.{name}." if name else f"layers.{index}."
 
