@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .fused import FusedInputs, Shared
 
 LARGEST = 256
+LARGEST_GRID = 65535  # in all dims of a grid but the first
 
 
 def fused_obstacle(x_BLHP: Tensor, B_BLGN: Tensor) -> str | None:
@@ -16,6 +17,8 @@ def fused_obstacle(x_BLHP: Tensor, B_BLGN: Tensor) -> str | None:
     for name, size in (("head_dim", x_BLHP.shape[3]), ("d_state", B_BLGN.shape[3])):
         if size > LARGEST:
             return f"{name}={size} is above {LARGEST}"
+    if x_BLHP.shape[0] * B_BLGN.shape[2] > LARGEST_GRID:
+        return f"{x_BLHP.shape[0]} rows of {B_BLGN.shape[2]} groups are more than {LARGEST_GRID} programs side by side"
     return None
 
 

@@ -87,6 +87,7 @@ def _ssd_flows_kernel(
     through = tl.zeros((BLOCK_H,), dtype)
     of_sums = ((row * chunks + c) * H + h) * width
     plane = batch * H * padded
+    heads_plane = (row * 0 + batch) * chunks * H * width  # 64-bit
     # Those of the token before, for the sums over earlier tokens, which leave out the token itself.
     has_before, starts, ends = q > 0, q == 0, q == Q - 1
     if start_ptr is not None:
@@ -101,7 +102,7 @@ def _ssd_flows_kernel(
         leaving += tl.load(flows_at + plane, mask=in_heads, other=0.0)
         to_states += tl.load(flows_at + 2 * plane, mask=in_heads, other=0.0)
         before += tl.load(flows_at + 2 * plane - 1, mask=in_heads & has_before[:, None], other=0.0)
-        through += tl.load(dheads_ptr + part * batch * chunks * H * width + of_sums, mask=h < H, other=0.0)
+        through += tl.load(dheads_ptr + part * heads_plane + of_sums, mask=h < H, other=0.0)
     log_at = log_ptr + (row * H + h) * padded + start + Q - 1
     decay = tl.exp2(tl.load(log_at, mask=h < H, other=0.0))
     if log_low_ptr is not None:
@@ -123,5 +124,5 @@ def _ssd_flows_kernel(
     tl.store(ddt_at, ddt.to(ddt_ptr.dtype.element_ty), mask=in_heads & (q < length - start)[:, None])
     dA = tl.sum(dlog * dt, 0)
     for part in tl.static_range(PARTS):
-        tl.store(dheads_ptr + part * batch * chunks * H * width + of_sums, dA, mask=h < H)
+        tl.store(dheads_ptr + part * heads_plane + of_sums, dA, mask=h < H)
         dA = tl.zeros((BLOCK_H,), dtype)
