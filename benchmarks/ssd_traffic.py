@@ -10,6 +10,7 @@ status is 1 when a call that keeps its states moves more than 1.3 times the mini
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -32,10 +33,11 @@ SHAPES = {
     (1, 65536, 128, 64, 8, 128): (1946, 8849),
 }
 ASSUMPTIONS = """\
-A tensor comes from memory once per kernel where the programs that load it again are neighbours in the grid and run at
-about the same time; otherwise as often as it is loaded. Nothing is assumed to stay in L2 from one kernel to the next.
+A tensor comes from memory once per kernel where the programs that load it again are neighbours in the grid (the last
+column: among how many programs they are) and run at about the same time; otherwise as often as it is loaded. Nothing is
+assumed to stay in L2 from one kernel to the next.
 
-- decays: nothing is loaded twice but A.
+- decays: nothing is loaded twice but A, which is small; so are D and total decays elsewhere.
 - products: nothing is loaded twice.
 - scan and states: B, C and products are shared by the heads of a group, which are neighbours; decays are loaded several
   times by one program.
@@ -86,7 +88,8 @@ def written(value: torch.Tensor) -> Access:
 def _decays(a: Arguments, grid: Grid) -> Accesses:
     outputs = ("dt_ptr", "log_ptr", "log_low_ptr", "from_ptr", "from_low_ptr")
     stored = {name: written(a[name]) for name in outputs if a[name] is not None}
-    return {"dt_in_ptr": shared(a["dt_in_ptr"]), "A_ptr": shared(a["A_ptr"], grid[0] * grid[1])} | stored
+    A = shared(a["A_ptr"], grid[0] * grid[1], reach=math.prod(grid))
+    return {"dt_in_ptr": shared(a["dt_in_ptr"]), "A_ptr": A} | stored
 
 
 def _products(a: Arguments, grid: Grid) -> Accesses:
@@ -95,36 +98,38 @@ def _products(a: Arguments, grid: Grid) -> Accesses:
 
 def _scan(a: Arguments, grid: Grid) -> Accesses:
     blocks_p, Q = grid[0] // a["H"], a["Q"]
-    programs = a["heads_per_group"] * blocks_p  # that share a group
-    heads_chunks = a["log_ptr"].numel() // Q
-    log = Access(heads_chunks * blocks_p * (2 * Q + 2), a["log_ptr"].numel())
-    from_ = shared(a["from_ptr"], 2 * blocks_p)
+    of_head = grid[0] - a["H"] + 1  # from a head's first program to its last
+    programs, of_group = a["heads_per_group"] * blocks_p, of_head + a["heads_per_group"] - 1
+    log = Access(a["log_ptr"].numel() // Q * blocks_p * (2 * Q + 2), a["log_ptr"].numel(), reach=of_head)
+    from_ = shared(a["from_ptr"], 2 * blocks_p, reach=of_head)
     found = {
         "values_ptr": shared(a["values_ptr"]),
-        "reads_ptr": shared(a["reads_ptr"], programs),
-        "writes_ptr": shared(a["writes_ptr"], programs),
-        "products_ptr": shared(a["products_ptr"], programs),
+        "reads_ptr": shared(a["reads_ptr"], programs, reach=of_group),
+        "writes_ptr": shared(a["writes_ptr"], programs, reach=of_group),
+        "products_ptr": shared(a["products_ptr"], programs, reach=of_group),
         **_with_low(a, log, from_),
         "out_ptr": written(a["out_ptr"]),
         "last_ptr": written(a["last_ptr"]),
     }
     if a["D_ptr"] is not None:
-        rows_segments = grid[1] * grid[2]
-        found["D_ptr"] = shared(a["D_ptr"], rows_segments * (1 if a["D_PER_CHANNEL"] else blocks_p))
+        times = grid[1] * grid[2] * (1 if a["D_PER_CHANNEL"] else blocks_p)
+        found["D_ptr"] = shared(a["D_ptr"], times, reach=math.prod(grid))
     return found | _states_in_and_out(a)
 
 
 def _states(a: Arguments, grid: Grid) -> Accesses:
     blocks_p, Q = grid[0] // a["H"], a["Q"]
+    of_head = grid[0] - a["H"] + 1
     numel = a["log_ptr"].numel()
-    heads_chunks = numel // Q
+    log_loads = numel // Q * blocks_p * ((Q + 1) if a["REVERSE"] else 2)
     if a["REVERSE"]:
-        log, from_ = Access(heads_chunks * blocks_p * (Q + 1), numel), Access()
+        log, from_ = Access(log_loads, numel, reach=of_head), Access()
     else:
-        log, from_ = Access(heads_chunks * blocks_p * 2, heads_chunks, isolated=True), shared(a["from_ptr"], blocks_p)
+        log = Access(log_loads, numel // Q, isolated=True, reach=of_head)
+        from_ = shared(a["from_ptr"], blocks_p, reach=of_head)
     return {
         "values_ptr": shared(a["values_ptr"]),
-        "keys_ptr": shared(a["keys_ptr"], a["heads_per_group"] * blocks_p),
+        "keys_ptr": shared(a["keys_ptr"], a["heads_per_group"] * blocks_p, reach=of_head + a["heads_per_group"] - 1),
         **_with_low(a, log, from_),
         "total_ptr": written(a["total_ptr"]),
         "leaving_ptr": written(a["leaving_ptr"]),
@@ -133,7 +138,7 @@ def _states(a: Arguments, grid: Grid) -> Accesses:
 
 def _compose(a: Arguments, grid: Grid) -> Accesses:
     found = {
-        "total_ptr": shared(a["total_ptr"], grid[0]),
+        "total_ptr": shared(a["total_ptr"], grid[0], reach=grid[0]),
         "leaving_ptr": shared(a["leaving_ptr"]),
         "entering_ptr": written(a["entering_ptr"]),
     }
@@ -143,26 +148,26 @@ def _compose(a: Arguments, grid: Grid) -> Accesses:
 def _gradients(a: Arguments, grid: Grid) -> Accesses:
     Q, L, H, G, N, span, chunks = (a[name] for name in ("Q", "length", "H", "G", "N", "SPAN", "chunks"))
     columns, blocks_p, splits = a["BLOCKS_N"], a["BLOCKS_P"], grid[2]
-    steps = [(c, min(span, chunks - c // span * span)) for c in range(chunks)]  # chunks of the span of each
+    steps = [(c, min(span, chunks - c // span * span)) for c in range(chunks)]  # each with the size of its span
     before = sum(c % span for c, _ in steps)
     after = sum(size - 1 - c % span for c, size in steps)
     # The last chunk, which may be shorter, is loaded by all of its span.
     tokens_after = after * Q - (chunks * Q - L) * ((chunks - 1) % span)
-    heads = a["batch"] * H
-    of_heads = {"x_ptr": 2 * L + before * Q, "dy_ptr": 2 * L + tokens_after}
-    per_head = {"B_ptr": L + before * Q, "C_ptr": L + tokens_after}
+    heads, of_span = a["batch"] * H, columns * span
+    found = {}
+    for name, extra in (("x_ptr", before * Q), ("dy_ptr", tokens_after)):
+        found[name] = Access(heads * a["P"] * columns * (2 * L + extra), a[name].numel(), reach=of_span)
+    for name, extra in (("B_ptr", before * Q), ("C_ptr", tokens_after)):
+        loads = a["batch"] * G * N * (H // G * blocks_p * (L + extra) + splits * L)
+        found[name] = Access(loads, a[name].numel(), splits, reach=of_span)
     log_loads = chunks * (4 * Q + 1) + blocks_p * (before * 2 + after * (Q + 1))
-    log = Access(heads * columns * log_loads, a["log_ptr"].numel())
+    log = Access(heads * columns * log_loads, a["log_ptr"].numel(), reach=of_span)
     from_read = heads * sum(Q for c, size in steps if c % span < size - 1)
-    from_ = Access(heads * columns * blocks_p * before * Q, from_read)
-    found = {name: Access(heads * a["P"] * columns * t, a[name].numel()) for name, t in of_heads.items()}
-    for name, tokens in per_head.items():
-        loads = a["batch"] * G * N * (H // G * blocks_p * tokens + splits * L)
-        found[name] = Access(loads, a[name].numel(), splits)
-    states = Access(heads * chunks * a["P"] * N, a["states_ptr"].numel())
+    from_ = Access(heads * columns * blocks_p * before * Q, from_read, reach=of_span)
+    states = Access(heads * chunks * a["P"] * N, a["states_ptr"].numel(), reach=of_span)
     return found | {
-        "products_ptr": shared(a["products_ptr"], H // G * columns, splits),
-        "dt_ptr": shared(a["dt_ptr"], columns),
+        "products_ptr": shared(a["products_ptr"], H // G * columns, splits, reach=columns),
+        "dt_ptr": shared(a["dt_ptr"], columns, reach=columns),
         **_with_low(a, log, from_),
         "states_ptr": states,
         "dstates_ptr": states,
@@ -180,7 +185,7 @@ def _flows(a: Arguments, grid: Grid) -> Accesses:
         "dt_ptr": Access(heads_chunks * (2 * Q - 1), a["dt_ptr"].numel()),
         "log_ptr": once,
         **({} if a["log_low_ptr"] is None else {"log_low_ptr": once}),
-        "A_ptr": shared(a["A_ptr"], grid[0] * grid[1]),
+        "A_ptr": shared(a["A_ptr"], grid[0] * grid[1], reach=math.prod(grid)),
         "ddt_ptr": written(a["ddt_ptr"]),
     }
 
@@ -227,13 +232,18 @@ def accesses(launch: Any) -> Accesses:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one kernel moves for one argument; `unshared` are the bytes of all its loads and stores."""
+    """Bytes that one kernel moves for one argument.
+
+    `unshared` are the bytes of all its loads and stores; all that load an element for one fetch are among `reach`
+    programs in the order of the grid.
+    """
 
     kernel: str
     argument: str
     read: int
     written: int
     unshared: int
+    reach: int
 
     @property
     def moved(self) -> int:
@@ -252,7 +262,7 @@ def traffic(launch: Any) -> list[Traffic]:
         unit = SECTOR if access.isolated else tensor.element_size()
         read, stored = (min(whole, count * unit) for count in (access.read, access.stores))
         unshared = (access.loads + access.stores) * unit
-        rows.append(Traffic(label, name.removesuffix("_ptr"), read * access.fetches, stored, unshared))
+        rows.append(Traffic(label, name.removesuffix("_ptr"), read * access.fetches, stored, unshared, access.reach))
     return rows
 
 
@@ -303,16 +313,15 @@ def _cells(*cells: object) -> str:
 
 def by_kernel(rows: list[Traffic]) -> str:
     """A table with a row an argument and one a kernel, MB."""
-    lines = [
-        _cells("kernel", "argument", "read", "written", "all loads and stores"),
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    titles = ["kernel", "argument", "read", "written", "all loads and stores", "loaded among programs"]
+    lines = [_cells(*titles), "| --- | --- " + "| ---: " * 4 + "|"]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
         for row in own:
-            lines.append(_cells(kernel, row.argument, *map(_megabytes, (row.read, row.written, row.unshared))))
+            figures = [_megabytes(value) for value in (row.read, row.written, row.unshared)]
+            lines.append(_cells(kernel, row.argument, *figures, row.reach if row.read else ""))
         sums = [sum(getattr(row, name) for row in own) for name in ("read", "written", "unshared")]
-        lines.append(_cells(f"**{kernel}**", "", *(f"**{_megabytes(value)}**" for value in sums)))
+        lines.append(_cells(f"**{kernel}**", "", *(f"**{_megabytes(value)}**" for value in sums), ""))
     return "\n".join(lines)
 
 
