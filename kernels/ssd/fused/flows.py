@@ -14,12 +14,13 @@ from .decays import FusedDecays, add_within_document
 
 
 def empty_flows(decays: FusedDecays, parts: int) -> Tensor:
-    """Room for flows, `(parts, 3, B, H, C * Q)`: arriving at outputs, leaving inputs to outputs, leaving to states.
+    """Room for flows, `(2 parts + 1, B, H, C * Q)`: for each part those that arrive at outputs and those that leave to
+    states, and at the end those that leave to the outputs of the same chunk.
 
     Those that leave are without step sizes. float64 where inputs are float32: arriving and leaving nearly cancel.
     """
     dtype = torch.float32 if decays.log_low is None else torch.float64
-    return decays.dt.new_empty(parts, 3, *decays.dt.shape, dtype=dtype)
+    return decays.dt.new_empty(2 * parts + 1, *decays.dt.shape, dtype=dtype)
 
 
 def through_fused_decays(
@@ -49,7 +50,7 @@ def through_fused_decays(
         length=L,
         H=H,
         width=dheads.shape[2],
-        PARTS=flows.shape[0],
+        PARTS=flows.shape[0] // 2,
         Q=chunk,
         BLOCK_H=block,
     )
@@ -82,7 +83,7 @@ def _ssd_flows_kernel(
     padded = chunks.to(tl.int64) * Q
     at = (row * H + h[None, :]) * padded + start + q[:, None]
     dtype = flows_ptr.dtype.element_ty
-    arriving, leaving = tl.zeros((Q, BLOCK_H), dtype), tl.zeros((Q, BLOCK_H), dtype)
+    arriving = tl.zeros((Q, BLOCK_H), dtype)
     to_states, before = tl.zeros((Q, BLOCK_H), dtype), tl.zeros((Q, BLOCK_H), dtype)
     through = tl.zeros((BLOCK_H,), dtype)
     of_sums = ((row * chunks + c) * H + h) * width
@@ -97,12 +98,12 @@ def _ssd_flows_kernel(
         next_document = tl.load(start_ptr + row * padded + start + q + 1, mask=q < Q - 1, other=0)
         ends = ends | (next_document != document)
     for part in tl.static_range(PARTS):
-        flows_at = flows_ptr + part * 3 * plane + at
+        flows_at = flows_ptr + part * 2 * plane + at
         arriving += tl.load(flows_at, mask=in_heads, other=0.0)
-        leaving += tl.load(flows_at + plane, mask=in_heads, other=0.0)
-        to_states += tl.load(flows_at + 2 * plane, mask=in_heads, other=0.0)
-        before += tl.load(flows_at + 2 * plane - 1, mask=in_heads & has_before[:, None], other=0.0)
+        to_states += tl.load(flows_at + plane, mask=in_heads, other=0.0)
+        before += tl.load(flows_at + plane - 1, mask=in_heads & has_before[:, None], other=0.0)
         through += tl.load(dheads_ptr + part * heads_plane + of_sums, mask=h < H, other=0.0)
+    leaving = tl.load(flows_ptr + PARTS * 2 * plane + at, mask=in_heads, other=0.0)
     log_at = log_ptr + (row * H + h) * padded + start + Q - 1
     decay = tl.exp2(tl.load(log_at, mask=h < H, other=0.0))
     if log_low_ptr is not None:

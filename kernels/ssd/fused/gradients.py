@@ -220,9 +220,10 @@ def _ssd_gradients_kernel(
         # What flows within the chunk counts once, with the first columns.
         flow = (flow * (columns == 0)).to(wide)
         arriving = tl.sum(flow * dt[None, :], 1)
-        flows_at = flows_ptr + ((columns * 3 * batch + row) * H + h) * chunks * Q + start
+        flows_at = flows_ptr + ((columns * 2 * batch + row) * H + h) * chunks * Q + start
         plane = (row * 0 + batch) * H * chunks * Q
-        tl.store(flows_at + plane + q, tl.sum(flow, 0))
+        leaving_at = flows_ptr + ((BLOCKS_N * 2 * batch + row) * H + h) * chunks * Q + start
+        tl.store(leaving_at + q, tl.sum(flow, 0), mask=q < tl.where(columns == 0, Q, 0))
 
         # From the entering state, and to the leaving one.
         into = into_decay(log_ptr, log_low_ptr, start_ptr, at, start_at, Q)
@@ -275,7 +276,7 @@ def _ssd_gradients_kernel(
             leaving += tl.sum(dB_head.to(wide) * keys.to(wide), 1)
             dB += dB_head * dt[:, None]
         tl.store(flows_at + q, arriving)
-        tl.store(flows_at + 2 * plane + q, leaving)
+        tl.store(flows_at + plane + q, leaving)
         tl.store(dheads_ptr + of_sums, through)
     keys = tl.load(B_ptr + start * B_token + (q[:, None] * B_token + n[None, :]), mask=at_n, other=0.0)
     queries = tl.load(C_ptr + start * C_token + (q[:, None] * C_token + n[None, :]), mask=at_n, other=0.0)

@@ -111,6 +111,7 @@ def make_plan(x_BLHP: Tensor, B_BLGN: Tensor) -> Plan:
     choice = tile("ssd_exact" if exact else "ssd", arch, f"n{max(64, triton.next_power_of_2(N))}")
     block_p = min(choice["block_p"], max(16, triton.next_power_of_2(P)))
     chunks = triton.cdiv(L, choice["chunk"])
+    column_blocks = triton.cdiv(N, choice["columns"])
     return Plan(
         L=L,
         P=P,
@@ -120,7 +121,7 @@ def make_plan(x_BLHP: Tensor, B_BLGN: Tensor) -> Plan:
         span=choice["span"],
         block_p=block_p,
         segments=_segments(B * H * triton.cdiv(P, block_p), chunks, choice["span"], processors),
-        splits=_splits(B * G * chunks, H // G, processors),
+        splits=_splits(B * G * chunks * column_blocks, H // G, processors),
         # Three products of halves are as exact as one whole product, on tensor cores.
         precision="tf32x3" if exact and arch.startswith("sm_") else "ieee",
         tiles=choice,
