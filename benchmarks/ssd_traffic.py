@@ -177,10 +177,11 @@ def _gradients(a: Arguments, grid: Grid) -> Accesses:
 
 def _flows(a: Arguments, grid: Grid) -> Accesses:
     heads_chunks, Q, parts = a["dt_ptr"].numel() // a["Q"], a["Q"], a["PARTS"]
+    flows = a["flows_ptr"].numel()
     once = Access(heads_chunks, heads_chunks, isolated=True)
     one_of_sums = Access(heads_chunks * parts, heads_chunks * parts, stores=heads_chunks * parts, isolated=True)
     return {
-        "flows_ptr": Access(parts * heads_chunks * (4 * Q - 1), a["flows_ptr"].numel()),
+        "flows_ptr": Access(flows + parts * heads_chunks * (Q - 1), flows),
         "dheads_ptr": one_of_sums,
         "dt_ptr": Access(heads_chunks * (2 * Q - 1), a["dt_ptr"].numel()),
         "log_ptr": once,
