@@ -134,7 +134,7 @@ def beyond(settings: Settings) -> list[Table]:
     )
     dtype = "fp32" if settings.dry else "bf16"
     for operator in OPERATORS:
-        dry = ((1, *operator.dry[1:]), operator.dry)[: len(operator.beyond)]
+        dry = (operator.dry, (2, *operator.dry[1:]))[: len(operator.beyond)]
         for sizes in dry if settings.dry else operator.beyond:
             with table.guarded(operator.name, by(sizes)):
                 _judge_beyond(table, settings, operator, dtype, sizes)
@@ -159,7 +159,7 @@ def _judge_beyond(table: Table, settings: Settings, operator: Operator, dtype: s
     results = dict(zip(problem.outputs, outputs, strict=True))
     results |= zip((f"d{name}" for name in given), gradients(outputs, list(leaves.values()), douts), strict=True)
     by_row = sizes[0] > 1
-    length = 16 if settings.dry else 4096
+    length = 4 if settings.dry else 4096
     cut = (lambda t: t[-1:]) if by_row else (lambda t: t[:, -length:])
     alone = _tail_alone(problem, leaves, dict(zip(problem.outputs, douts, strict=True)), cut, by_row, length)
     errors = {}

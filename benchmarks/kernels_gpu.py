@@ -11,10 +11,10 @@
 | e    | seconds from a fresh process to the first gradients                                     |
 | f    | times beside mamba_ssm, flash-linear-attention and PyTorch's own operators              |
 
-`--write` keeps the tables, after every part, in FILE or docs/results/kernels-<device>-<date>.md. `--dry-run` takes small
-sizes, the CPU and Triton's interpreter, and runs what it would time once. Each part has a process of its own on a GPU,
-so that none can break the next. The exit status is 1 when anything failed. Needs `headrace` to be importable: where it is
-not installed, put the repository under that name on PYTHONPATH
+`--write` keeps the tables, after every part, in FILE or docs/results/kernels-<device>-<date>.md. `--dry-run` takes
+small sizes, the CPU and Triton's interpreter, and runs what it would time once. Each part has a process of its own on a
+GPU, so that none can break the next. The exit status is 1 when anything failed. Needs `headrace` to be importable:
+where it is not installed, put the repository under that name on PYTHONPATH
 (`mkdir -p /tmp/path; ln -sfn "$PWD" /tmp/path/headrace; export PYTHONPATH=/tmp/path`).
 """
 
