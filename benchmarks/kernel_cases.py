@@ -14,10 +14,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A call of one operator's kernels on tensors of a device and dtype, and where it comes from."""
+    """A call of one operator's kernels on tensors of a device and dtype; `short` where a quick check takes it too."""
 
     name: str
     run: Callable[[str, torch.dtype], None]
+    short: bool = True
 
 
 def _swiglu(device: str, dtype: torch.dtype) -> None:
@@ -28,8 +29,11 @@ def _swiglu(device: str, dtype: torch.dtype) -> None:
     swiglu_backward(dout, gate, up)
 
 
-def _ssd(*sizes: int, per_channel: bool = False) -> Callable[[str, torch.dtype], None]:
-    """The SSD recurrence of sizes B, L, H, P, G, N with everything: resets, D, states and their gradients."""
+def _ssd(*sizes: int, D_of: str = "head", plain: bool = False) -> Callable[[str, torch.dtype], None]:
+    """The SSD recurrence of sizes B, L, H, P, G, N with everything: resets, D, states and their gradients.
+
+    `plain` is without all of these; otherwise D is one number a "head" or a "channel".
+    """
     B, L, H, P, G, N = sizes
 
     def run(device: str, dtype: torch.dtype) -> None:
@@ -38,9 +42,11 @@ def _ssd(*sizes: int, per_channel: bool = False) -> Callable[[str, torch.dtype],
         x, dy = (random(device, dtype, B, L, H, P) for _ in range(2))
         keys, queries = (random(device, dtype, B, L, G, N) for _ in range(2))
         dt, A = random(device, dtype, B, L, H).abs(), -random(device, torch.float32, H).abs()
-        D = random(device, torch.float32, H, P) if per_channel else random(device, torch.float32, H)
-        reset = torch.zeros(B, L, dtype=torch.bool, device=device)
-        initial, dfinal = (random(device, torch.float32, B, H, P, N) for _ in range(2))
+        D = reset = initial = dfinal = None
+        if not plain:
+            D = random(device, torch.float32, *{"head": (H,), "channel": (H, P)}[D_of])
+            reset = torch.zeros(B, L, dtype=torch.bool, device=device)
+            initial, dfinal = (random(device, torch.float32, B, H, P, N) for _ in range(2))
         inputs = path.FusedInputs(x, dt, A, keys, queries, D, reset)
         shared = path.prepare(inputs)
         _, _, states = path.ssd_fused_forward(inputs, initial, shared, keep=True)
@@ -130,6 +136,27 @@ def _conv1d(B: int, L: int, D: int, K: int, *, everything: bool = True) -> Calla
     return run
 
 
+def _selective_scan(B: int, L: int, width: int, N: int) -> Callable[[str, torch.dtype], None]:
+    """The selective scan of views of wider tensors, with resets, D and an initial state, and without."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.selective_scan.fused import selective_scan_backward, selective_scan_forward
+        from headrace.kernels.selective_scan.layout import Inputs
+
+        x, dt = random(device, dtype, B, L, 2 * width).split(width, -1)
+        _, keys, queries = random(device, dtype, B, L, 16 + 2 * N).split([16, N, N], -1)
+        A, D = -random(device, torch.float32, width, N).abs(), random(device, torch.float32, width)
+        reset = torch.zeros(B, L, dtype=torch.bool, device=device)
+        initial, dfinal = (random(device, torch.float32, B, width, N) for _ in range(2))
+        for optional in ((D, initial, reset), (None, None, None)):
+            inputs = Inputs(x, dt.abs(), A, keys, queries, *optional)
+            _, _, kept = selective_scan_forward(inputs, keep_states=True)
+            selective_scan_backward(random(device, dtype, B, L, width), dfinal, inputs, kept)
+            selective_scan_forward(inputs._replace(C_BLN=None, D_I=None), keep_states=False)
+
+    return run
+
+
 def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Normal values."""
     return torch.randn(shape, device=device).to(dtype)
@@ -137,9 +164,23 @@ def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 CASES = [
     KernelCase("swiglu 8192x5504", _swiglu),
+    KernelCase("selective_scan 8x2048x5120 N16", _selective_scan(8, 2048, 5120, 16)),
+    KernelCase("selective_scan 1x32768x5120 N16", _selective_scan(1, 32768, 5120, 16)),
+    KernelCase("selective_scan 8x2048x4096 N32", _selective_scan(8, 2048, 4096, 32)),
+    KernelCase("selective_scan 8x2048x4096 N64", _selective_scan(8, 2048, 4096, 64)),
+    KernelCase("selective_scan 8x2048x4096 N128", _selective_scan(8, 2048, 4096, 128)),
+    KernelCase("selective_scan 8x2048x4096 N256", _selective_scan(8, 2048, 4096, 256)),
     KernelCase("ssd 8x2048x80x64 G1 N128", _ssd(8, 2048, 80, 64, 1, 128)),
-    KernelCase("ssd 4x4096x128x64 G8 N64", _ssd(4, 4096, 128, 64, 8, 64)),
-    KernelCase("ssd 1x32768x8x128 G2 N256", _ssd(1, 32768, 8, 128, 2, 256, per_channel=True)),
+    KernelCase("ssd 4x4096x128x64 G8 N64", _ssd(4, 4096, 128, 64, 8, 64), short=False),
+    KernelCase("ssd 4x4096x128x64 G8 N64, plain", _ssd(4, 4096, 128, 64, 8, 64, plain=True), short=False),
+    KernelCase("ssd 8x2048x16x16 G1 N16", _ssd(8, 2048, 16, 16, 1, 16), short=False),
+    KernelCase("ssd 8x2048x80x64 G1 N128, plain", _ssd(8, 2048, 80, 64, 1, 128, plain=True), short=False),
+    KernelCase("ssd 8x2048x40x128 G1 N128, D a channel", _ssd(8, 2048, 40, 128, 1, 128, D_of="channel"), short=False),
+    KernelCase("ssd 1x32768x8x128 G2 N256, D a channel", _ssd(1, 32768, 8, 128, 2, 256, D_of="channel")),
+    KernelCase("ssd 4x4096x16x64 G1 N256, plain", _ssd(4, 4096, 16, 64, 1, 256, plain=True), short=False),
+    KernelCase("ssd 4x4096x16x256 G1 N64", _ssd(4, 4096, 16, 256, 1, 64), short=False),
+    KernelCase("ssd 4x4096x16x256 G1 N256, D a channel", _ssd(4, 4096, 16, 256, 1, 256, D_of="channel"), short=False),
+    KernelCase("ssd 4x4096x16x256 G1 N256", _ssd(4, 4096, 16, 256, 1, 256), short=False),
     KernelCase("linear_cross_entropy 8192x2048 V50280", _cross_entropy(8192, 2048, 50280)),
     KernelCase("linear_cross_entropy 8192x512 V1024", _cross_entropy(8192, 512, 1024)),
     KernelCase("rms_norm 4x4096x4096", _norm(4, 4096, 4096)),

@@ -1,9 +1,10 @@
 """Compiles every Triton kernel for every architecture, with no GPU, and tells what it takes of a processor.
 
-python benchmarks/kernel_resources.py [--archs sm_90 ...] [--dtypes bf16 ...] [--json FILE] [--write]
+python benchmarks/kernel_resources.py [--all] [--archs sm_90 ...] [--dtypes bf16 ...] [--json FILE] [--write]
 
-`--write` puts the table into docs/kernels.md. The exit status is 1 when a kernel spills registers, needs more shared
-memory than a program may have, or does not compile.
+A short list of cases is taken unless `--all` asks for every case and dtype. `--write` puts the table into
+docs/kernels.md. The exit status is 1 when a kernel spills registers, needs more shared memory than a program may have,
+or does not compile.
 """
 
 import argparse
@@ -26,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 
-def launches(arch: str, dtypes: list[str]) -> list[dict[str, Any]]:
-    """What all cases launch on `arch`, each different compilation once, as plain values."""
+def launches(arch: str, dtypes: list[str], every: bool = True) -> list[dict[str, Any]]:
+    """What the cases launch on `arch`, each different compilation once, as plain values; `every`: long list too."""
     from headrace.kernels.launch import record_launches
 
     found: dict[str, dict[str, Any]] = {}
-    for case in CASES:
+    for case in (case for case in CASES if every or case.short):
         for dtype in dtypes:
             with record_launches(arch) as recorded:
                 case.run("meta", DTYPES[dtype])
@@ -169,13 +170,15 @@ def main() -> int:
     """Compile, print, and judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="bf16 and fp32, and with --all fp16")
+    parser.add_argument("--all", action="store_true", help="every case, not only the short list")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    plans = [plan for arch in options.archs for plan in launches(arch, options.dtypes)]
+    dtypes = options.dtypes or (list(DTYPES) if options.all else ["bf16", "fp32"])
+    plans = [plan for arch in options.archs for plan in launches(arch, dtypes, options.all)]
     plans = [plan for plan in plans if options.only in plan["kernel"]]
     with ProcessPoolExecutor(options.workers) as pool:
         results = list(pool.map(compile_one, plans))

@@ -8,6 +8,7 @@ if __name__ != "kernels":
     from .embedding import embedding
     from .losses import linear_cross_entropy
     from .norms import add_rms_norm, gated_rms_norm, rms_norm
+    from .selective_scan import selective_scan, selective_scan_step, selective_scan_summary
     from .ssd import compose, ssd_scan, ssd_step, ssd_summary
 
     __all__ = [
@@ -18,6 +19,9 @@ if __name__ != "kernels":
         "gated_rms_norm",
         "linear_cross_entropy",
         "rms_norm",
+        "selective_scan",
+        "selective_scan_step",
+        "selective_scan_summary",
         "ssd_scan",
         "ssd_step",
         "ssd_summary",

@@ -21,8 +21,15 @@ def tile(kernel: str, arch: str, size: str = "any") -> Tile:
     none.
     """
     by_arch = _table()[kernel]
-    choices = by_arch[_nearest(arch, tuple(by_arch))]
-    return dict(choices[size])
+    nearest = _nearest(arch, tuple(by_arch))
+    if nearest is None:
+        raise LookupError(f"no tiles for {arch}; known: {', '.join(by_arch)}. Run benchmarks/tune.py on it")
+    return dict(by_arch[nearest][size])
+
+
+def has_tiles(arch: str) -> bool:
+    """Whether kernels have tiles on `arch`: it, or an older relative, is in every table."""
+    return all(_nearest(arch, tuple(by_arch)) is not None for by_arch in _table().values())
 
 
 @cache
@@ -30,18 +37,16 @@ def _table() -> dict[str, dict[str, dict[str, Tile]]]:
     return tomllib.loads(_TABLE.read_text())
 
 
-def _nearest(arch: str, known: tuple[str, ...]) -> str:
+def _nearest(arch: str, known: tuple[str, ...]) -> str | None:
     if arch in known:
         return arch
     if arch == "interpreter":
         return min(known)
     family, number = _split(arch)
     older = [(_split(name)[1], name) for name in known if _split(name)[0] == family and _split(name)[1] <= number]
-    if not older:
-        raise LookupError(f"no tiles for {arch}; known: {', '.join(known)}. Run benchmarks/tune.py on it")
-    return max(older)[1]
+    return max(older)[1] if older else None
 
 
 def _split(arch: str) -> tuple[str, int]:
-    match = re.fullmatch(r"([a-z_]+)([0-9a-f]+)", arch)
+    match = re.fullmatch(r"(sm_|gfx9|gfx1[0-9])([0-9a-f]+)", arch)  # AMD's families differ in the width of a wave
     return (match[1], int(match[2], 16)) if match else (arch, 0)

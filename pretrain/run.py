@@ -11,6 +11,8 @@ import torch
 from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..kernels.dispatch import choose_backend
+from ..kernels.launch import architecture
+from ..kernels.tiles import has_tiles
 from ..model.lm import HybridLM
 from ..parallel.comm import do_together
 from ..parallel.fsdp import materialise
@@ -176,9 +178,15 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     """
     x = torch.empty(0, dtype=compute_dtype(config, device), device=device)
     try:
-        return choose_backend("train.kernels=triton", config.train.kernels, x)
+        backend = choose_backend("train.kernels=triton", config.train.kernels, x)
     except ValueError as error:
         raise UserError(str(error), everywhere=True) from None
+    if backend != "triton" or has_tiles(architecture(x)):
+        return backend
+    if config.train.kernels == "triton":
+        text = f"train.kernels=triton: there are no tiles for {architecture(x)}; use auto, or run benchmarks/tune.py"
+        raise UserError(text, everywhere=True)
+    return "torch"
 
 
 def build_engine(config: Config, mesh: Mesh, world: World) -> Engine:

@@ -15,7 +15,7 @@ from ..parallel.watch import Watch
 from .config import Config
 from .evaluate import evaluate
 from .resume import Progress
-from .run import Run, build_run
+from .run import Run, build_run, choose_kernels
 
 
 @dataclass
@@ -35,7 +35,8 @@ def train(config: Config, world: World, until: int | None = None, watch: Watch |
     Raises:
         UserError: for anything the user can put right.
     """
-    with use_backend(config.train.kernels):
+    on_torch = choose_kernels(config, world.device) == "torch"
+    with use_backend("torch" if on_torch else config.train.kernels):
         return take_steps(build_run(config, world), until, watch)
 
 

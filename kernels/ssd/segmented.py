@@ -38,6 +38,7 @@ from .chunked_backward import (
 from .exchange import Exchange
 from .fused_operator import check_layout, fused_obstacle
 from .layout import Chunks, Decays, compute_decays, cut, cut_into_chunks
+from .scan import check_arguments
 
 
 class Segment:
@@ -76,6 +77,7 @@ def ssd_segments(
     Gradients flow to all tensors but `reset`, those of other processes' segments included. Collective wherever
     `exchange` is, forward and backward.
     """
+    check_arguments(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, None, reset, chunk_size)
     backend = choose_backend("ssd_segments", backend, x_BLHP, fused_obstacle(x_BLHP, B_BLGN))
     tensors = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, reset)
     if backend == "reference":

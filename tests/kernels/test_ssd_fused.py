@@ -147,6 +147,28 @@ def test_inputs_cut_out_of_a_wider_tensor() -> None:
     assert_as_exact(from_wide, reference, inputs)
 
 
+def test_parameters_need_not_be_packed() -> None:
+    x, dt, A, B, C, _, state = make_inputs(L=20)
+
+    def spread(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return fused(x, dt, torch.stack([A, A], 1)[:, 0], B, C, D[:, None].expand(2, 8), state)
+
+    def judge(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        *operands, state, D = tensors
+        return ssd_reference(*operands, D[:, None].expand(2, 8), state)
+
+    assert_as_exact(spread, judge, [x, dt, A, B, C, state, torch.randn(2, dtype=torch.float64)])
+
+
+def test_no_rows() -> None:
+    inputs = [None if t is None or t.dim() < 3 else t[:0].float() for t in make_inputs(L=20)]
+    inputs[2] = -torch.ones(2)
+    y, state = fused(*inputs)
+    assert (y.shape, state.shape) == ((0, 20, 2, 8), (0, 2, 8, 8))
+
+
 @pytest.mark.parametrize("reset_at", [None, (9,)])
 def test_summary(reset_at: tuple[int, ...] | None) -> None:
     reset = None if reset_at is None else make_reset(1, 40, reset_at)

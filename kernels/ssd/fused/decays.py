@@ -67,7 +67,7 @@ def compute_fused_decays(dt_BLH: Tensor, A_H: Tensor, reset: Tensor | None, chun
         _ssd_decays_kernel,
         (triton.cdiv(L, chunk), B, triton.cdiv(H, block)),
         dt_in_ptr=dt_BLH,
-        A_ptr=A_H,
+        A_ptr=A_H.contiguous(),
         reset_ptr=None if reset is None else reset.contiguous(),
         dt_ptr=decays.dt,
         **decays.pointers(),

@@ -44,7 +44,7 @@ def through_fused_decays(
         log_ptr=decays.log,
         log_low_ptr=decays.log_low,
         start_ptr=decays.start,
-        A_ptr=A_H,
+        A_ptr=A_H.contiguous(),
         ddt_ptr=ddt,
         batch=B,
         length=L,
@@ -124,6 +124,7 @@ def _ssd_flows_kernel(
     ddt_at = ddt_ptr + (row * length + start + q[:, None]) * H + h[None, :]
     tl.store(ddt_at, ddt.to(ddt_ptr.dtype.element_ty), mask=in_heads & (q < length - start)[:, None])
     dA = tl.sum(dlog * dt, 0)
+    tl.debug_barrier()  # before what all threads of the program have read is written over
     for part in tl.static_range(PARTS):
         tl.store(dheads_ptr + part * heads_plane + of_sums, dA, mask=h < H)
         dA = tl.zeros((BLOCK_H,), dtype)

@@ -47,13 +47,10 @@ def scan_gradients(
     states: Tensor,
     dstates: Tensor,
 ) -> ParameterGradients:
-    """Compute the gradients from `states` entering spans and `dstates` of states leaving spans, in up to four launches.
-
-    `dy` is contiguous.
-    """
+    """Compute the gradients from `states` entering spans and `dstates` of states leaving spans, in up to four launches."""
     B, L, H = dt_BLH.shape
-    shape, dtype = (plan.splits, B, L, plan.G, plan.N), B_BLGN.dtype if plan.splits == 1 else torch.float32
-    dB, dC = (torch.empty(shape, dtype=dtype, device=x_BLHP.device) for _ in range(2))
+    dtype = B_BLGN.dtype if plan.splits == 1 else torch.float32
+    dB, dC = (B_BLGN.new_empty(plan.splits, B, L, plan.G, plan.N, dtype=dtype) for _ in range(2))
     flows = empty_flows(decays, plan.column_blocks)
     width = 1 if D is None else 1 + D.numel() // H
     dheads = flows.new_empty(plan.column_blocks * B * plan.chunks, H, width)
@@ -85,7 +82,8 @@ def scan_gradients(
         BLOCKS_P=plan.blocks_p,
         BLOCK_N=plan.column_block,
         BLOCKS_N=plan.column_blocks,
-        **plan.constants(),
+        # Whole products, and not three of halves: these tiles are small, and halves would not fit into registers.
+        **plan.constants() | {"PRECISION": "ieee"},
         **plan.options("gradients"),
     )
     dB, dC = (dB[0], dC[0]) if plan.splits == 1 else _sum_splits(dB, dC, B_BLGN.dtype)
@@ -199,7 +197,7 @@ def _ssd_gradients_kernel(
 
         # Between the tokens of the chunk.
         dmixing = tl.zeros((Q, Q), tl.float32)
-        for block in tl.static_range(BLOCKS_P):
+        for block in range(0, BLOCKS_P):
             p = block * BLOCK_P + p0
             at_p = in_chunk & (p < P)[None, :]
             x = tl.load(x_at + (q[:, None] * x_token + p[None, :]), mask=at_p, other=0.0)
@@ -230,7 +228,7 @@ def _ssd_gradients_kernel(
         out = out_weight(log_ptr, log_low_ptr, log_ptr, log_low_ptr, start_ptr, at, start_at, Q)
         leaving = tl.zeros((Q,), wide)
         through = tl.sum(leaving)
-        for block in tl.static_range(BLOCKS_P):
+        for block in range(0, BLOCKS_P):
             p = block * BLOCK_P + p0
             in_p = (p < P)[None, :]
             at_p = in_chunk & in_p

@@ -67,6 +67,11 @@ class Plan:
         return triton.cdiv(self.N, self.column_block)
 
     @property
+    def slice(self) -> int:
+        """Columns of one product where columns are summed over."""
+        return min(self.block_n, self.tiles["slice"])
+
+    @property
     def blocks_p(self) -> int:
         """Programs that share a head."""
         return triton.cdiv(self.P, self.block_p)
@@ -92,9 +97,10 @@ class Plan:
         return {"num_warps": self.tiles[f"{kernel}_warps"], "num_stages": self.tiles[f"{kernel}_stages"]}
 
     def empty_states(self, x_BLHP: Tensor) -> Tensor:
-        """Room for one state a span, `(B, spans, H, P, N)` in the dtype of `x`."""
+        """Room for one state a span, `(B, spans, H, P, N)` like `x`; float32 for float16, which it may pass."""
         B, _, H, P = x_BLHP.shape
-        return x_BLHP.new_empty(B, self.spans, H, P, self.N)
+        dtype = torch.float32 if x_BLHP.dtype == torch.float16 else x_BLHP.dtype
+        return x_BLHP.new_empty(B, self.spans, H, P, self.N, dtype=dtype)
 
 
 def row_and_token(name: str, value: Tensor) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def _segments(programs: int, chunks: int, span: int, processors: int) -> int:
     if 4 * programs > 3 * processors:
         return 1
     longest = max(1, chunks // CHUNKS_OF_A_SEGMENT)
-    wanted = min(longest, triton.cdiv(2 * processors, programs))
+    wanted = min(longest, triton.cdiv(2 * processors, max(1, programs)))
     # Segments are whole spans: as many as that leaves filled.
     spans = triton.cdiv(chunks, span)
     return triton.cdiv(spans, triton.cdiv(spans, wanted))
@@ -141,5 +147,5 @@ def _segments(programs: int, chunks: int, span: int, processors: int) -> int:
 
 def _splits(programs: int, heads: int, processors: int) -> int:
     """Split the heads of groups until two programs share a processor, or nothing is left to split."""
-    wanted = min(heads, triton.cdiv(2 * processors, programs))
+    wanted = min(heads, triton.cdiv(2 * processors, max(1, programs)))
     return triton.cdiv(heads, triton.cdiv(heads, wanted))

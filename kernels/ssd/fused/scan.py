@@ -41,7 +41,7 @@ def scan_chunks(
         values_ptr=values_BLHP,
         reads_ptr=reads_BLGN,
         writes_ptr=writes_BLGN,
-        D_ptr=D,
+        D_ptr=None if D is None else D.contiguous(),
         products_ptr=products,
         **decays.pointers(),
         entering_ptr=entering,
@@ -58,6 +58,7 @@ def scan_chunks(
         D_PER_CHANNEL=D is not None and D.dim() == 2,
         REVERSE=reverse,
         BLOCK_N=plan.block_n,
+        SLICES=plan.block_n // plan.slice,
         **plan.constants(),
         **plan.options("scan"),
     )
@@ -65,8 +66,9 @@ def scan_chunks(
 
 
 def empty_products(B_BLGN: Tensor, plan: Plan) -> Tensor:
-    """Room for one product a chunk and group, `(B, C, G, Q, Q)`."""
-    return B_BLGN.new_empty(B_BLGN.shape[0], plan.chunks, plan.G, plan.chunk, plan.chunk)
+    """Room for one product a chunk and group, `(B, C, G, Q, Q)`; float32 for float16, which products may pass."""
+    dtype = torch.float32 if B_BLGN.dtype == torch.float16 else B_BLGN.dtype
+    return B_BLGN.new_empty(B_BLGN.shape[0], plan.chunks, plan.G, plan.chunk, plan.chunk, dtype=dtype)
 
 
 def products_of_groups(B_BLGN: Tensor, C_BLGN: Tensor, plan: Plan) -> Tensor:
@@ -87,7 +89,7 @@ def products_of_groups(B_BLGN: Tensor, C_BLGN: Tensor, plan: Plan) -> Tensor:
         G=plan.G,
         N=plan.N,
         Q=plan.chunk,
-        BLOCK_N=plan.block_n,
+        BLOCK_N=plan.slice,
         PRECISION=plan.precision,
     )
     return products
@@ -112,14 +114,44 @@ def _ssd_products_kernel(
     c, group, row = tl.program_id(0), tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     q, n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
     start = c.to(tl.int64) * Q
-    inside = (q < length - start)[:, None] & (n[None, :] < N)
     B_ptr += row * B_row + group * N + start * B_token
     C_ptr += row * C_row + group * N + start * C_token
-    keys = tl.load(B_ptr + (q[:, None] * B_token + n[None, :]), mask=inside, other=0.0)
-    queries = tl.load(C_ptr + (q[:, None] * C_token + n[None, :]), mask=inside, other=0.0)
-    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    products = tl.zeros((Q, Q), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        inside = (q < length - start)[:, None] & (n[None, :] < N - first)
+        keys = tl.load(B_ptr + first + (q[:, None] * B_token + n[None, :]), mask=inside, other=0.0)
+        queries = tl.load(C_ptr + first + (q[:, None] * C_token + n[None, :]), mask=inside, other=0.0)
+        products += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     products_ptr += ((row * tl.num_programs(0) + c) * G + group) * Q * Q
     tl.store(products_ptr + (q[:, None] * Q + q[None, :]), products.to(products_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _read_state(
+    reads_ptr,
+    token: tl.constexpr,
+    in_chunk,
+    state,
+    first: tl.constexpr,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What each token of a chunk reads from the columns `first` onwards of a state, in slices.
+
+    One product over all columns would hold all that is read, and the state once more, in registers.
+    """
+    if SLICES == 1:
+        q, n = tl.arange(0, in_chunk.shape[0]), tl.arange(0, state.shape[1]) + first
+        at = reads_ptr + (q[:, None] * token + n[None, :])
+        reads = tl.load(at, mask=in_chunk & (n[None, :] < N), other=0.0)
+        out = tl.dot(reads, tl.trans(state.to(reads.dtype)), input_precision=PRECISION)
+    else:
+        half: tl.constexpr = state.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(state, (state.shape[0], 2, half)), (0, 2, 1)))
+        out = _read_state(reads_ptr, token, in_chunk, left, first, N, SLICES // 2, PRECISION)
+        out += _read_state(reads_ptr, token, in_chunk, right, first + half, N, SLICES // 2, PRECISION)
+    return out
 
 
 @triton.jit
@@ -157,6 +189,7 @@ def _ssd_scan_kernel(
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Heads are neighbours in the grid: those of a group read its B and C at about the same time, from cache.
@@ -196,12 +229,9 @@ def _ssd_scan_kernel(
                 kept = ((row * spans + c // SPAN) * H + h) * P * N
                 tl.store(kept_ptr + kept + place, state.to(kept_ptr.dtype.element_ty), mask=in_state)
         in_chunk = (q < length - start)[:, None]
-        at_p, at_n = in_chunk & (p[None, :] < P), in_chunk & (n[None, :] < N)
+        at_p = in_chunk & (p[None, :] < P)
         values_at = values_ptr + start * values_token + (q[:, None] * values_token + p[None, :])
         values = tl.load(values_at, mask=at_p, other=0.0)
-        reads = tl.load(reads_ptr + start * reads_token + (q[:, None] * reads_token + n[None, :]), mask=at_n, other=0.0)
-        writes_at = writes_ptr + start * writes_token + (q[:, None] * writes_token + n[None, :])
-        writes = tl.load(writes_at, mask=at_n, other=0.0)
         products_at = products_ptr + ((row * chunks + c) * (H // heads_per_group) + group) * Q * Q
         mixing = tl.load(products_at + (q[:, None] * Q + q[None, :])).to(tl.float32)
         visible = sees(start_ptr, start_at, c, Q)
@@ -211,7 +241,9 @@ def _ssd_scan_kernel(
         leaving = out_weight(log_ptr, log_low_ptr, from_ptr, from_low_ptr, start_ptr, at, start_at, Q)
         if REVERSE:
             mixing, into, leaving = tl.trans(mixing), leaving, into
-        out = tl.dot(reads, tl.trans(state.to(reads.dtype)), input_precision=PRECISION)
+        # Loaded next to their products: loads further up would keep the whole of both in registers all along.
+        reads_at = reads_ptr + start * reads_token
+        out = _read_state(reads_at, reads_token, in_chunk, state, 0, N, SLICES, PRECISION)
         out *= into[:, None]
         # A sum, and not one product on top of the other: the compiler would keep the warps of both to one axis.
         out += tl.dot(mixing, values, input_precision=PRECISION)
@@ -219,6 +251,8 @@ def _ssd_scan_kernel(
             out += D * values.to(tl.float32)
         out_at = out_ptr + ((row * length + start) * H + h) * P + (q[:, None] * (H * P) + p[None, :])
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=at_p)
+        writes_at = writes_ptr + start * writes_token + (q[:, None] * writes_token + n[None, :])
+        writes = tl.load(writes_at, mask=in_chunk & (n[None, :] < N), other=0.0)
         weighted = (values.to(tl.float32) * leaving[:, None]).to(writes.dtype)
         through = through_decay(log_ptr, log_low_ptr, start_ptr, at, start_at, Q)
         state = tl.dot(tl.trans(weighted), writes, state * through, input_precision=PRECISION)
