@@ -47,7 +47,7 @@ def scan_gradients(
     states: Tensor,
     dstates: Tensor,
 ) -> ParameterGradients:
-    """Compute the gradients from `states` entering spans and `dstates` of states leaving spans, in up to four launches."""
+    """Compute the gradients from `states` entering spans and `dstates` leaving them, in up to four launches."""
     B, L, H = dt_BLH.shape
     dtype = B_BLGN.dtype if plan.splits == 1 else torch.float32
     dB, dC = (B_BLGN.new_empty(plan.splits, B, L, plan.G, plan.N, dtype=dtype) for _ in range(2))
