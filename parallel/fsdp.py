@@ -1,5 +1,6 @@
 """Shard a model over the data axes (FSDP2) and fill it with its initial values."""
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,8 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
     Parameters stay float32; with another `compute_dtype` each gather casts them, gradients are reduced in float32,
     and submodules that say `keep_fp32` are gathered uncast as a group of their own.
     """
+    # Blocks may return views; nothing writes to them in place, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mixed = compute_dtype != torch.float32
     # The model itself casts to its weights' dtype where a layer begins, so that the residual stream may stay float32.
     policy = MixedPrecisionPolicy(

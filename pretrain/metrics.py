@@ -21,7 +21,8 @@ class Metrics:
 
     def start(self, step: int, tokens: int, kernels: str) -> None:
         """The run starts, or goes on, after `step`, with operators computed by `kernels`."""
-        self._show(f"kernels: {kernels}")
+        names = {"torch": "PyTorch", "triton": "Triton", "reference": "the definitions"}
+        self._show(f"operators by {names[kernels]}")
         self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels})
 
     def train(self, record: dict[str, Any], seconds_left: float) -> None:

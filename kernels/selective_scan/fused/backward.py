@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...launch import architecture, launch
 from ...tiles import tile
-from ..layout import FUSED_CHUNK, Inputs, padded_state
+from .. import layout
+from ..layout import Inputs, padded_state
 from .plan import Plan, decay_rates, grid_of, inflows, steps_and_decays
 
 
@@ -45,7 +46,7 @@ def launch_backward(
         dy_ptr=dy,
         leaving_ptr=leaving,
         kept_ptr=kept,
-        scratch_ptr=empty(programs, FUSED_CHUNK // plan.choice["strip"], block_i, padded_n),
+        scratch_ptr=empty(programs, layout.FUSED_CHUNK // plan.choice["strip"], block_i, padded_n),
         dx_ptr=dx,
         ddt_ptr=ddt,
         of_projections_ptr=of_projections,

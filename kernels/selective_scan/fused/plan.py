@@ -7,7 +7,8 @@ import triton.language as tl
 
 from ...launch import architecture, num_processors
 from ...tiles import Tile, tile
-from ..layout import CHANNEL_PADDING, FUSED_CHUNK, Inputs, padded_state
+from .. import layout
+from ..layout import CHANNEL_PADDING, Inputs, padded_state
 
 # Fewer segments are not worth the pass that finds what they do to a state.
 _FEWEST_SEGMENTS = 4
@@ -27,7 +28,7 @@ def make_plan(kernel: str, inputs: Inputs) -> Plan:
     B, L, width = x.shape
     size = next(size for size in (16, 32, 64, 128, 256) if size >= N)
     choice = tile(kernel, architecture(x), f"n{size}")
-    chunks = triton.cdiv(L, FUSED_CHUNK)
+    chunks = triton.cdiv(L, layout.FUSED_CHUNK)
     programs = B * triton.cdiv(width, choice["block_i"])
     wanted = choice["programs"] * num_processors(x) // max(programs, 1)
     span = triton.cdiv(chunks, max(1, min(wanted, chunks)))
@@ -64,7 +65,7 @@ def steps_and_decays(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         "C_stride_t": C_strides[1],
         "reset_stride_b": reset_strides[0],
         "reset_stride_t": reset_strides[1],
-        "CHUNK": FUSED_CHUNK,
+        "CHUNK": layout.FUSED_CHUNK,
         "STRIP": plan.choice["strip"],
         "BLOCK_N": padded_state(A)[1],
         "BLOCK_I": plan.choice["block_i"],

@@ -79,11 +79,11 @@ def scan_gradients(
         G=plan.G,
         split_heads=triton.cdiv(H // plan.G, plan.splits),
         D_WIDTH=width - 1,
-        BLOCKS_P=plan.blocks_p,
+        BLOCKS_P=triton.cdiv(plan.P, plan.gradients_p),
         BLOCK_N=plan.column_block,
         BLOCKS_N=plan.column_blocks,
         # Whole products, and not three of halves: these tiles are small, and halves would not fit into registers.
-        **plan.constants() | {"PRECISION": "ieee"},
+        **plan.constants() | {"PRECISION": "ieee", "BLOCK_P": plan.gradients_p},
         **plan.options("gradients"),
     )
     dB, dC = (dB[0], dC[0]) if plan.splits == 1 else _sum_splits(dB, dC, B_BLGN.dtype)
@@ -197,27 +197,29 @@ def _ssd_gradients_kernel(
 
         # Between the tokens of the chunk.
         dmixing = tl.zeros((Q, Q), tl.float32)
+        head_dD = 0.0
         for block in range(0, BLOCKS_P):
             p = block * BLOCK_P + p0
             at_p = in_chunk & (p < P)[None, :]
             x = tl.load(x_at + (q[:, None] * x_token + p[None, :]), mask=at_p, other=0.0)
             dy = tl.load(dy_at + (q[:, None] * (H * P) + p[None, :]), mask=at_p, other=0.0)
             dmixing += tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+            if D_WIDTH == 1:
+                head_dD += tl.sum(x.to(tl.float32) * dy.to(tl.float32))
             if D_WIDTH > 1:
                 dD = tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)
                 tl.store(dheads_ptr + of_sums + 1 + p, tl.where(columns == 0, dD, 0.0), mask=p < P)
         if D_WIDTH == 1:
-            dD = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], dmixing, 0.0), 1), 0)
-            tl.store(dheads_ptr + of_sums + 1, tl.where(columns == 0, dD, 0.0))
+            tl.store(dheads_ptr + of_sums + 1, tl.where(columns == 0, head_dD, 0.0))
         # Decays without step sizes, whose gradient is wanted apart: `log` stands in for `from`.
         visible = sees(start_ptr, start_at, h, Q)
         dmixing *= weight_between(log_ptr, log_low_ptr, log_ptr, log_low_ptr, at, visible, Q)
         dt = tl.load(dt_ptr + at + q)
-        flow = dmixing * tl.load(products_ptr + (q[:, None] * Q + q[None, :])).to(tl.float32)
         dproducts += dmixing * dt[None, :]
+        flow = dmixing * tl.load(products_ptr + (q[:, None] * Q + q[None, :])).to(tl.float32)
+        flow = flow.to(wide)
         # What flows within the chunk counts once, with the first columns.
-        flow = (flow * (columns == 0)).to(wide)
-        arriving = tl.sum(flow * dt[None, :], 1)
+        arriving = tl.sum(flow * dt[None, :], 1) * (columns == 0)
         flows_at = flows_ptr + ((columns * 2 * batch + row) * H + h) * chunks * Q + start
         plane = (row * 0 + batch) * H * chunks * Q
         leaving_at = flows_ptr + ((BLOCKS_N * 2 * batch + row) * H + h) * chunks * Q + start

@@ -67,6 +67,11 @@ class Plan:
         return triton.cdiv(self.N, self.column_block)
 
     @property
+    def gradients_p(self) -> int:
+        """Head channels that a program of the gradients takes at a time."""
+        return min(self.block_p, self.tiles["gradients_p"])
+
+    @property
     def slice(self) -> int:
         """Columns of one product where columns are summed over."""
         return min(self.block_n, self.tiles["slice"])
