@@ -32,7 +32,9 @@ def selective_scan_forward(inputs: Inputs, keep_states: bool) -> tuple[Tensor | 
     final = torch.empty((B, *A_IN.shape), dtype=torch.float32, device=x.device)
     kept = None
     if keep_states:
-        kept = torch.empty(kept_shape(x, A_IN, fused=True), dtype=torch.float32, device=x.device)
+        shape = kept_shape(x, A_IN, fused=True)
+        new = torch.empty if shape[2] == width else torch.zeros  # kernels leave some of the padding alone
+        kept = new(shape, dtype=torch.float32, device=x.device)
     entering = None if initial_state is None else initial_state.contiguous()
     if plan.segments > 1:
         local, decay = _segment_buffers(inputs, plan.segments)
