@@ -209,6 +209,10 @@ def _load_module(name: str, file: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
+    parent, _, _ = name.rpartition(".")
+    while parent:  # unpickling imports them first
+        sys.modules.setdefault(parent, ModuleType(parent))
+        parent, _, _ = parent.rpartition(".")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

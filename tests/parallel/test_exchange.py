@@ -114,7 +114,8 @@ def recomputed_gradients(name: str, how: Recompute) -> list[list[float]]:
     S.requires_grad_()
 
     class Layer(torch.nn.Module):
-        def forward(self, S: Tensor, seq: SegmentedContext) -> Tensor:
+        def forward(self, S: Tensor, seq: SegmentedContext, update: Tensor | None) -> Tensor:
+            S = S if update is None else S + update
             exchange = RememberedExchange(seq, "layer", transition)
             (entering,) = EnteringStates.apply(exchange, M.clone().requires_grad_(), (S @ weight).tanh() @ weight)
             return (entering @ weight).square() @ weight
@@ -122,7 +123,7 @@ def recomputed_gradients(name: str, how: Recompute) -> list[list[float]]:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleDict({"0": Layer()})
     recompute_blocks(model, how)  # type: ignore[arg-type]
-    model.layers["0"](S, seq).sum().backward()
+    model.layers["0"](S, seq, S.detach()).sum().backward()
     assert weight.grad is not None
     assert S.grad is not None
     return [weight.grad.flatten().tolist(), S.grad.flatten().tolist()]
