@@ -6,6 +6,7 @@ if __name__ != "kernels":
     from .activations import swiglu
     from .conv1d import causal_conv1d
     from .embedding import embedding
+    from .experts import expert_order, grouped_linear, permute, unpermute
     from .losses import linear_cross_entropy
     from .norms import add_rms_norm, gated_rms_norm, rms_norm
     from .selective_scan import selective_scan, selective_scan_step, selective_scan_summary
@@ -16,8 +17,11 @@ if __name__ != "kernels":
         "causal_conv1d",
         "compose",
         "embedding",
+        "expert_order",
         "gated_rms_norm",
+        "grouped_linear",
         "linear_cross_entropy",
+        "permute",
         "rms_norm",
         "selective_scan",
         "selective_scan_step",
@@ -26,4 +30,5 @@ if __name__ != "kernels":
         "ssd_step",
         "ssd_summary",
         "swiglu",
+        "unpermute",
     ]
