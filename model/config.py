@@ -62,13 +62,19 @@ class ModelConfig(LayerTables):
         layers = self.layers
         return matrices + sum(layer.num_params(self.d_model) + self.d_model for layer in layers) + self.d_model
 
+    def num_active_params(self) -> int:
+        """Number of parameters that one token meets: of experts, those it goes to."""
+        unused = [layer.num_params(self.d_model) - layer.num_active_params(self.d_model) for layer in self.layers]
+        return self.num_params() - sum(unused)
+
     def flops_per_token(self, L: int) -> int:
         """Floating-point operations of training, forward and backward, per token of rows of L tokens.
 
         Two operations per multiply-add, and the backward pass twice the forward. Counted: matrix products of
         all projections and of the output head; in attention, scores and mixing over the keys that a token sees (the
         causal half, or the window); in SSD, the four products of the chunked form at the configured chunk size, the
-        causal half within chunks. Not counted: embedding lookup, convolution, norms, activations, recomputation.
+        causal half within chunks; in the selective scan, update and read-out of every state. Not counted: embedding
+        lookup, convolution, norms, activations, recomputation.
         """
         head = 6 * self.vocab_size * self.d_model
         return head + sum(layer.flops_per_token(self.d_model, L) for layer in self.layers)

@@ -43,17 +43,18 @@ class Uniform:
 
 @dataclass(frozen=True)
 class UniformFanIn:
-    """Uniform in plus or minus 1/sqrt(fan_in), fan_in being all dimensions but the first.
+    """Uniform in plus or minus 1/sqrt(fan_in), fan_in being all dimensions but the first, or the last of a `stack`.
 
     With `residual`, divided by sqrt(number of residual layers), as the last matrix of a residual branch is in the
     released Mamba code (`rescale_prenorm_residual`, from GPT-2, Radford et al. 2019, section 2.3).
     """
 
     residual: bool = False
+    stack: bool = False
 
     def draw(self, shape: torch.Size, generator: torch.Generator, depth: int) -> Tensor:
         """See InitRule.draw."""
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        bound = 1 / math.sqrt(math.prod(shape[2 if self.stack else 1 :]))
         return Uniform(bound / math.sqrt(depth) if self.residual else bound).draw(shape, generator, depth)
 
 
@@ -67,6 +68,15 @@ class LogOfUniform:
     def draw(self, shape: torch.Size, generator: torch.Generator, depth: int) -> Tensor:
         """See InitRule.draw."""
         return (self.low + (self.high - self.low) * torch.rand(shape, generator=generator)).log()
+
+
+@dataclass(frozen=True)
+class LogOfCount:
+    """The logarithms of 1, 2, 3, ... along the last dim: A_log of Mamba-1 (Gu and Dao 2023, section 3.6, S4D-Real)."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, depth: int) -> Tensor:
+        """See InitRule.draw."""
+        return torch.arange(1.0, shape[-1] + 1).log().repeat(*shape[:-1], 1)
 
 
 @dataclass(frozen=True)

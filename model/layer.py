@@ -16,6 +16,10 @@ class LayerConfig(Protocol):
         """Number of parameters, computed from the fields alone."""
         ...
 
+    def num_active_params(self, d_model: int) -> int:
+        """Number of parameters that one token meets."""
+        ...
+
     def flops_per_token(self, d_model: int, L: int) -> int:
         """Training FLOPs per token at row length L; see `ModelConfig.flops_per_token` for what is counted."""
         ...

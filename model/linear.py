@@ -32,6 +32,25 @@ class Embedding(nn.Embedding):
         return embedding(tokens, self.weight)
 
 
+class PartialLinear(nn.Module):
+    """The weight (F, I) of a map whose outputs its owner goes on with as a whole, though its inputs may be cut.
+
+    Applied by `joined_partial`: where each rank has a part of the inputs, its outputs are but terms of a sum.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((out_features, in_features), float("nan")))
+
+
+def joined_partial(x_BLI: Tensor, maps: tuple[PartialLinear, ...]) -> Tensor:
+    """The outputs of maps of one input side by side on the last dim, as one product.
+
+    The seam through which tensor parallelism, whose inputs are this rank's channels, sums the outputs over ranks.
+    """
+    return F.linear(x_BLI, torch.cat([each.weight for each in maps]))
+
+
 def join(group: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of several maps of one input as one map, their outputs side by side.
 

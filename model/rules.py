@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-ParameterKind = Literal["matrix", "embedding", "head", "conv", "norm", "bias", "ssm"]
-NO_DECAY_KINDS: frozenset[ParameterKind] = frozenset({"norm", "bias", "ssm"})
+# `experts` are stacks of matrices; `balance` is moved by the router itself, and by no optimizer.
+ParameterKind = Literal["matrix", "experts", "router", "balance", "embedding", "head", "conv", "norm", "bias", "ssm"]
+NO_DECAY_KINDS: frozenset[ParameterKind] = frozenset({"norm", "bias", "ssm", "balance"})
 
 
 class InitRule(Protocol):
@@ -28,15 +29,17 @@ class ShardRule:
 
     Args:
         dim: the tensor dimension that is cut; None keeps the parameter whole on every rank.
-        unit: what may not be cut apart: `heads`, `groups`, `kv_heads`, `hidden` or `vocabulary`.
+        unit: what may not be cut apart: `heads`, `groups`, `kv_heads`, `channels`, `hidden` or `vocabulary`.
         count: how many such units lie along `dim`.
         heads: how many heads use the units, neighbours the same one; for `groups` and `kv_heads`.
+        experts: how many experts lie along dimension 0, which expert parallelism shares out; 0 where it is another's.
     """
 
     dim: int | None
     unit: str = ""
     count: int = 1
     heads: int = 0
+    experts: int = 0
 
 
 REPLICATED = ShardRule(None)

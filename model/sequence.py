@@ -41,6 +41,21 @@ class LayerStates:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.values())
 
 
+@dataclass(eq=False)
+class TrainingPass:
+    """What layers may know of a training pass beside its tokens, and what they tell of it beside their output.
+
+    Args:
+        loss_scale: factor of the summed loss, a scalar tensor: terms that layers add to the loss take it too.
+        number_BL: each token's number in the whole run, int64; -1 in rows that only fill a micro-batch up.
+        told: numbers by layer. Recomputation tells the same once more, in the same place.
+    """
+
+    loss_scale: Tensor
+    number_BL: Tensor
+    told: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceContext:
     """Document starts and carried state of a batch of rows; `SequenceContext()` is one document per row, no past.
@@ -49,10 +64,12 @@ class SequenceContext:
         reset_BL: bool, True at the first token of each document; None when only the rows' starts begin documents.
             A row whose first token is not marked continues the stream in `states`, or starts from zero state.
         states: carried state of a stream (decoding, or a long document in pieces); None in training.
+        training: the training pass that this is; None in evaluation.
     """
 
     reset_BL: Tensor | None = None
     states: LayerStates | None = None
+    training: TrainingPass | None = None
     _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def shared(self, key: Hashable, make: Callable[[], T]) -> T:

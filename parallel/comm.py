@@ -28,6 +28,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def largest_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise maximum of `values` over all processes, in place. Collective, no host synchronisation."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def do_together(action: Callable[[], T]) -> T:
     """`action()` on every process; what any of them met is raised on all, so that none waits for one that left.
 
@@ -122,6 +128,30 @@ class ScatterTokens(torch.autograd.Function):
     def backward(ctx: Any, dy_tD: Tensor) -> tuple[Tensor, None]:
         """One all-gather."""
         return _gather_tokens(dy_tD, ctx.num_tokens, ctx.group), None
+
+
+class SumPartial(torch.autograd.Function):
+    """Partial results of all tokens summed over ranks, whole on each; backward sums the gradients over ranks.
+
+    `apply(partial, group)`. Each rank's gradient is that of its own use of the sum. Collective over `group`, both ways.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """One all-reduce."""
+        ctx.group = group
+        return _summed(partial, group)
+
+    @staticmethod
+    def backward(ctx: Any, dsum: Tensor) -> tuple[Tensor, None]:
+        """One all-reduce."""
+        return _summed(dsum, ctx.group), None
+
+
+def _summed(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = partial.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=group)
+    return whole
 
 
 class GatherLinear(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """How a run is laid out over processes."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 Exchange = Literal["auto", "chain", "doubling", "gather"]
@@ -16,6 +17,8 @@ class ParallelConfig:
         dp_shard: processes over which one copy is sharded (FSDP2), together with `cp`; 0 takes all that are left.
         cp: processes that share the tokens of a row and hand each other the recurrent state.
         tp: processes that share every matrix; between layers they share the tokens.
+        ep: processes over which experts are shared out; carved out of `dp_shard` and `cp`, so it adds no processes.
+        ep_over_tp: `ep` is carved out of `tp` too: tensor-parallel ranks hold whole experts, not a share of each.
         cp_layout: each process one stretch of a row, or two (the r-th and the r-th from the end), which balances
             causal attention.
         cp_virtual: every stretch is worked on as this many segments, on one process too.
@@ -34,6 +37,8 @@ class ParallelConfig:
     dp_shard: int = 0
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+    ep_over_tp: bool = False
     cp_layout: Literal["contiguous", "zigzag"] = "contiguous"
     cp_virtual: int = 1
     cp_exchange: Exchange = "auto"
@@ -61,7 +66,7 @@ class ParallelConfig:
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every degree out of range, or, for a known `world_size`, that does not divide it."""
-        at_least_one = ("pp", "dp_replicate", "cp", "tp", "cp_virtual", "pp_stages")
+        at_least_one = ("pp", "dp_replicate", "cp", "tp", "ep", "cp_virtual", "pp_stages")
         found = [
             f"parallel.{name}={getattr(self, name)} must be at least 1"
             for name in at_least_one
@@ -95,7 +100,19 @@ class ParallelConfig:
                 f"parallel: {product or 'dp_shard=1'} needs {fixed * self.dp_shard} processes, "
                 f"but {world_size} were started; start that many or set dp_shard=0"
             )
-        return found
+        return found or self._ep_problems(world_size)
+
+    def _ep_problems(self, world_size: int) -> list[str]:
+        degrees = {"dp_shard": self.shard_degree(world_size), "cp": self.cp}
+        if self.ep_over_tp:
+            degrees["tp"] = self.tp
+        if prod(degrees.values()) % self.ep == 0:
+            return []
+        axes = " x ".join(f"{name}={degree}" for name, degree in degrees.items())
+        fitting = ", ".join(str(n) for n in range(1, prod(degrees.values()) + 1) if prod(degrees.values()) % n == 0)
+        return [
+            f"parallel.ep={self.ep} does not divide the {axes} ranks that hold different tokens; use one of {fitting}"
+        ]
 
     def shard_degree(self, world_size: int) -> int:
         """The degree of `dp_shard` among `world_size` processes."""

@@ -1,14 +1,14 @@
 """What a layer is told about its tokens when a row is shared out over the context-parallel axis."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model.sequence import SequenceContext
+from ..model.sequence import SequenceContext, TrainingPass
 from .config import ParallelConfig
 from .layout import LAYOUTS, SequenceLayout
 from .mesh import Mesh
@@ -98,19 +98,26 @@ class SegmentContext(SequenceContext):
 
 
 def share_row(
-    config: ParallelConfig, mesh: Mesh, tensors: list[Tensor], reset_BL: Tensor | None
+    config: ParallelConfig,
+    mesh: Mesh,
+    tensors: list[Tensor],
+    reset_BL: Tensor | None,
+    training: TrainingPass | None = None,
 ) -> tuple[list[Tensor], SequenceContext]:
     """This rank's part of tensors that hold whole rows `(B, L)`, and the context that says where they lie.
 
-    `tensors` and `reset_BL` are the same on all ranks of the axis. With one rank and no virtual segments, that is all
-    of them and a plain context.
+    `tensors`, `reset_BL` and what `training` holds are the same on all ranks of the axis. With one rank and no virtual
+    segments, that is all of them and a plain context.
     """
     if config.num_segments == 1:
-        return tensors, SequenceContext(reset_BL=reset_BL)
+        return tensors, SequenceContext(reset_BL=reset_BL, training=training)
     layout = LAYOUTS[config.cp_layout](tensors[0].shape[1], config.cp, config.cp_virtual)
     rank = mesh.rank("cp")
+    if training is not None:
+        training = replace(training, number_BL=layout.take(training.number_BL, rank))
     context = SegmentedContext(
         reset_BL=None if reset_BL is None else layout.take(reset_BL, rank),
+        training=training,
         layout=layout,
         group=mesh.group("cp"),
         config=config,

@@ -7,8 +7,8 @@ from ..model.layer import divisors
 from ..model.rules import ShardRule
 from .config import ParallelConfig
 
-# Units that every tensor-parallel rank needs its own share of. Groups and KV heads are copied where there are fewer.
-SHARED_OUT = ("heads", "hidden", "vocabulary")
+# Units that every tensor-parallel rank needs its own share of, and what sets their number. Groups and KV heads are copied where there are fewer.
+SHARED_OUT = {"heads": "num_heads", "channels": "expand*d_model", "hidden": "d_hidden", "vocabulary": "vocab_size"}
 
 
 def fit_problems(config: ParallelConfig, model: ModelConfig, seq_len: int) -> list[str]:
@@ -16,30 +16,50 @@ def fit_problems(config: ParallelConfig, model: ModelConfig, seq_len: int) -> li
 
     Both configurations must be valid by themselves.
     """
-    return [*_tp_problems(config.tp, model), *_pp_problems(config, model), *_cp_problems(config, seq_len)]
+    return [
+        *_tp_problems(config, model),
+        *_ep_problems(config, model),
+        *_pp_problems(config, model),
+        *_cp_problems(config, seq_len),
+    ]
 
 
-def _tp_problems(tp: int, model: ModelConfig) -> list[str]:
+def _tp_problems(config: ParallelConfig, model: ModelConfig) -> list[str]:
+    tp = config.tp
     if tp == 1:
         return []
     found = []
     for kind in dict.fromkeys(model.kinds):
         with torch.device("meta"):
             layer = getattr(model, kind).build(model.d_model, model.norm_eps, 0)
-        found += [_misfit(f"model.{kind}", tp, rule.shard) for rule in layer.parameter_rules.values()]
+        shards = [rule.shard for rule in layer.parameter_rules.values()]
+        shared = [] if kind != "moe" or layer.shared is None else layer.shared.parameter_rules.values()
+        found += [_misfit(f"model.{kind}", tp, s) for s in shards if not (s.experts and config.ep_over_tp)]
+        found += [_misfit(f"model.{kind}", tp, rule.shard, "d_shared") for rule in shared]
     found.append(_misfit("model", tp, ShardRule(0, "vocabulary", model.vocab_size)))
     return [line for line in dict.fromkeys(found) if line]
 
 
-def _misfit(where: str, tp: int, shard: ShardRule) -> str:
+def _misfit(where: str, tp: int, shard: ShardRule, name: str | None = None) -> str:
     if shard.unit not in SHARED_OUT or shard.count % tp == 0:
         return ""
-    name = {"heads": "num_heads", "hidden": "d_hidden", "vocabulary": "vocab_size"}[shard.unit]
+    name = name or SHARED_OUT[shard.unit]
     nearest = -(-shard.count // tp) * tp
     return (
         f"parallel.tp={tp} does not divide {where}.{name}={shard.count}; "
         f"use tp in {{{_short(divisors(shard.count))}}}, or {name}={nearest}"
     )
+
+
+def _ep_problems(config: ParallelConfig, model: ModelConfig) -> list[str]:
+    if config.ep == 1:
+        return []
+    if "moe" not in model.kinds:
+        return [f"parallel.ep={config.ep} shares out experts, but model.pattern has no moe layers; set ep=1"]
+    experts = model.moe.num_experts
+    if experts % config.ep == 0:
+        return []
+    return [f"parallel.ep={config.ep} does not divide model.moe.num_experts={experts}; use one of {divisors(experts)}"]
 
 
 def _short(numbers: str) -> str:

@@ -9,12 +9,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..model.ffns.moe import Experts
 from ..model.lm import HybridLM
 from .config import ParallelConfig
 
 
-def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+def shard_model(
+    model: HybridLM,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    compute_dtype: torch.dtype,
+    *,
+    expert_mesh: DeviceMesh | None = None,
+) -> None:
     """Shard every block, then what is left (embedding, last norm, head), over `mesh`, in place.
+
+    With `expert_mesh`, experts are groups of their own over that: the ranks that hold the same ones.
 
     Parameters stay float32; with another `compute_dtype` each gather casts them, gradients are reduced in float32,
     and submodules that say `keep_fp32` are gathered uncast as a group of their own.
@@ -35,6 +45,8 @@ def shard_model(model: HybridLM, mesh: DeviceMesh, config: ParallelConfig, compu
             if mixed and getattr(module, "keep_fp32", False):
                 # So few that gathering them twice costs more than keeping them.
                 fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=uncast)
+            if expert_mesh is not None and isinstance(module, Experts):
+                fully_shard(module, mesh=expert_mesh, reshard_after_forward=reshard, mp_policy=policy)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     _prefetch(list(model.layers.values()))
     # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.
@@ -46,9 +58,10 @@ def _prefetch(blocks: list[nn.Module]) -> None:
     for block, following in pairwise(blocks):
         assert isinstance(block, FSDPModule)
         assert isinstance(following, FSDPModule)
-        # Inner groups first: they are small, and would wait behind the block's where they are needed at once.
-        inner = [m for m in following.modules() if m is not following and isinstance(m, FSDPModule)]
-        block.set_modules_to_forward_prefetch([*inner, following])
+        # Small groups first: they would wait behind the block's where they are needed at once. Experts come last.
+        groups: list[FSDPModule] = [m for m in following.modules() if isinstance(m, FSDPModule)]
+        ordered = sorted(groups, key=lambda m: (isinstance(m, Experts), m is following))
+        block.set_modules_to_forward_prefetch(ordered)
         following.set_modules_to_backward_prefetch([block])
 
 
@@ -63,14 +76,19 @@ def materialise(model: HybridLM, device: torch.device, seed: int) -> None:
     model.to_empty(device=device)
     pending = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, full in model.initial_values(seed):
-        target = pending.pop(name).detach()
-        full = full.to(device=device, dtype=target.dtype)
-        if isinstance(target, DTensor):
-            full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None).to_local()
-            target = target.to_local()
-        target.copy_(full)
+        fill(pending.pop(name), full)
     if pending:
         raise RuntimeError(f"no initial value for {', '.join(pending)}")
+
+
+def fill(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Write this rank's part of `whole`, which every rank has, into a parameter. Nothing is sent."""
+    target = parameter.detach()
+    whole = whole.to(device=target.device, dtype=target.dtype)
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
+        target = target.to_local()
+    target.copy_(whole)
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:

@@ -86,14 +86,19 @@ class Mesh:
         dense: `(pp, dp_replicate, fsdp, tp)`, where `fsdp` is `dp_shard` and `cp` together: parameters live here.
         tokens: `(pp, dp_replicate, dp_shard, cp, tp)`, the same processes in the same order: tokens live here.
         cp_on_one_machine: whether this process's `cp` group lies on one machine; the same for all its ranks.
+        experts: `(pp, dp_replicate, expert_shard, ep, tp)`, or without `tp` where that is part of `ep`; the same
+            processes in the same order: experts live here. None where they are no different from other parameters.
     """
 
     dense: DeviceMesh
     tokens: DeviceMesh
     cp_on_one_machine: bool
+    experts: DeviceMesh | None = None
 
     def size(self, axis: str) -> int:
         """The degree of an axis."""
+        if axis == "ep" and self.experts is None:
+            return 1
         mesh = self._with(axis)
         return mesh.size(_axes(mesh).index(axis))
 
@@ -121,6 +126,20 @@ class Mesh:
         return self.dense["tp"]
 
     @property
+    def expert_fsdp(self) -> DeviceMesh | None:
+        """What experts are sharded over, and replicated over first, as `fsdp`; None where `fsdp` holds for them."""
+        if self.experts is None:
+            return None
+        replicated = self.size("dp_replicate") > 1
+        return self.experts["dp_replicate", "expert_shard"] if replicated else self.experts["expert_shard"]
+
+    @property
+    def expert_gradient_factor(self) -> float:
+        """Ranks over which FSDP averages an expert's gradient, per rank over which others' are averaged."""
+        assert self.experts is not None
+        return self.size("dp_replicate") * self.size("expert_shard") / self.grad_ranks
+
+    @property
     def data_ranks(self) -> int:
         """Different shares of a batch."""
         return self.size("dp_replicate") * self.size("dp_shard")
@@ -136,7 +155,9 @@ class Mesh:
         return self.data_ranks * self.size("cp")
 
     def _with(self, axis: str) -> DeviceMesh:
-        # An axis of both is asked for on one of them: two groups of the same processes would be two communicators.
+        # An axis of several is asked for on one of them: two groups of the same processes would be two communicators.
+        if self.experts is not None and axis in ("ep", "expert_shard"):
+            return self.experts
         return self.dense if axis in _axes(self.dense) else self.tokens
 
 
@@ -163,9 +184,15 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         return init_device_mesh(world.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
 
     dense_mesh, tokens_mesh = build(dense), build(tokens)
+    experts_mesh = None
+    if config.ep > 1 or (config.ep_over_tp and config.tp > 1):
+        spread = shard * config.cp * (config.tp if config.ep_over_tp else 1)
+        experts = {"pp": config.pp, "dp_replicate": config.dp_replicate, "expert_shard": spread // config.ep}
+        experts["ep"] = config.ep
+        experts_mesh = build(experts if config.ep_over_tp else experts | {"tp": config.tp})
     group = dist.get_process_group_ranks(tokens_mesh.get_group("cp"))
     machines = _machines(world)
-    return Mesh(dense_mesh, tokens_mesh, len({machines[rank] for rank in group}) == 1)
+    return Mesh(dense_mesh, tokens_mesh, len({machines[rank] for rank in group}) == 1, experts_mesh)
 
 
 def _machines(world: World) -> list[str]:

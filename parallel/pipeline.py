@@ -5,6 +5,7 @@ backward its gradient, each the share of tokens that a context- and tensor-paral
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..model.lm import HybridLM
-from ..model.sequence import LayerStates, SequenceContext
+from ..model.sequence import LayerStates, SequenceContext, TrainingPass
 from .comm import Message, finish, start_messages, token_share
 from .config import ParallelConfig
 from .context import share_row
@@ -43,6 +44,8 @@ class Pipeline:
         config: how it is laid out.
         compute_dtype: as given to `spread_model`.
 
+    `tell` is given what layers told of each micro-batch's pass; whoever wants it sets it.
+
     Building one is collective over `pp`, as are all methods.
     """
 
@@ -55,6 +58,7 @@ class Pipeline:
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.models = dict(stages)
+        self.tell: Callable[[dict[int, Tensor]], None] = lambda told: None
         self.mesh, self.config = mesh, config
         self.device, dtype = _device_and_dtype(stages[0][1], compute_dtype)
         model_config = stages[0][1].config
@@ -74,8 +78,9 @@ class Pipeline:
         targets_BL: Tensor,
         reset_BL: Tensor | None,
         *,
+        number_BL: Tensor,
         micro_rows: int,
-        scale: float,
+        scale: Tensor,
     ) -> Tensor:
         """Add up the gradients of `scale` times the summed loss of these rows. Collective over all mesh axes.
 
@@ -87,8 +92,9 @@ class Pipeline:
             tokens_BL: this data rank's rows, int64, the same on all its pp, cp and tp ranks.
             targets_BL: as in `HybridLM`.
             reset_BL: as in `SequenceContext`.
+            number_BL: as in `TrainingPass`.
             micro_rows: rows that pass through the stages at a time; a last micro-batch with fewer is filled up.
-            scale: factor of the loss, the same on all ranks.
+            scale: factor of the loss, a scalar, the same on all ranks.
 
         Returns:
             The summed loss, a scalar on the device, unscaled: of this rank's rows (under context parallelism, of its
@@ -98,7 +104,7 @@ class Pipeline:
             UserError: as many micro-batches cannot be scheduled (`pipeline_problems`).
         """
         count = num_micro_batches(len(tokens_BL), micro_rows)
-        rows = {"tokens_BL": (tokens_BL, 0), "targets_BL": (targets_BL, -100)}
+        rows = {"tokens_BL": (tokens_BL, 0), "targets_BL": (targets_BL, -100), "number_BL": (number_BL, -1)}
         if reset_BL is not None:
             rows["reset_BL"] = reset_BL, 0
         # Rows without targets add exactly nothing.
@@ -212,7 +218,8 @@ class _Stage(PipelineStage):
             output_args=loss if model.is_last else activation,
             group=pipeline.mesh.group("pp"),
         )
-        self.scale = 1.0
+        self.pipeline = pipeline
+        self.scale = torch.ones((), device=pipeline.device)
         self.loss_sum = torch.zeros_like(loss, device=pipeline.device)
 
     def scaled(self, loss_sum: Tensor, _targets_BL: Tensor) -> Tensor:
@@ -222,11 +229,13 @@ class _Stage(PipelineStage):
     # The method names and their arguments are torch's.
 
     def forward_maybe_with_nosync(
-        self, x: Tensor, *, tokens_BL: Tensor, targets_BL: Tensor, reset_BL: Tensor | None = None
+        self, x: Tensor, *, tokens_BL: Tensor, targets_BL: Tensor, number_BL: Tensor, reset_BL: Tensor | None = None
     ) -> Tensor:
         """The stage's forward pass; `x` is what came from the stage before."""
-        (tokens_BL, targets_BL), seq = share_row(self.config, self.mesh, [tokens_BL, targets_BL], reset_BL)
+        training = TrainingPass(self.scale, number_BL)
+        (tokens_BL, targets_BL), seq = share_row(self.config, self.mesh, [tokens_BL, targets_BL], reset_BL, training)
         out = self.submod(tokens_BL, seq, targets_BL, inflow_BLD=None if self.is_first else x)
+        self.pipeline.tell(training.told)
         if not self.is_last:
             return out.contiguous()
         self.loss_sum += out[0].detach()

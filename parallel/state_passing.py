@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import causal_conv1d
-from ..kernels.affine import SCALAR, Transition
+from ..kernels import causal_conv1d, selective_scan, selective_scan_summary
+from ..kernels.affine import DIAGONAL, SCALAR, Transition
 from ..kernels.ssd.exchange import Pending
 from ..kernels.ssd.segmented import ssd_segments
-from ..model.mixers import mamba2
+from ..model.mixers import mamba1, mamba2
 from ..model.mixers.mamba2 import ScanInputs
 from ..model.sequence import SequenceContext
 from .context import SegmentedContext
@@ -39,10 +39,36 @@ def scan(
     return y_BLHP, None
 
 
+def selective_scan_over_segments(
+    inputs: mamba1.ScanInputs, past: Tensor | None, seq: SequenceContext, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The seam `scan` of Mamba-1. Collective over the context-parallel axis; no final state is returned then.
+
+    Two passes over the tokens: a segment's summary, and its outputs from the state that enters it.
+    """
+    if not isinstance(seq, SegmentedContext):
+        return mamba1.scan(inputs, past, seq, layer)
+    x_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I = inputs
+    lengths = seq.layout.lengths(seq.rank)
+    by_segment = zip(*(t.split(lengths, 1) for t in (x_BLI, dt_BLI, B_BLN, C_BLN)), strict=True)
+    segments = [
+        (x, dt, B, C, None if seq.reset_BL is None else seq.reset_BL[:, seq.layout.place(segment)])
+        for segment, (x, dt, B, C) in zip(seq.segments, by_segment, strict=True)
+    ]
+    summaries = [selective_scan_summary(x, dt, A_IN, B, reset=reset) for x, dt, B, _, reset in segments]
+    exchange = RememberedExchange(seq, ("ssm", layer), DIAGONAL)
+    entering = EnteringStates.apply(exchange, *(M for M, _ in summaries), *(S for _, S in summaries))
+    parts = [
+        selective_scan(x, dt, A_IN, B, C, D_I, initial_state=state, reset=reset)[0]
+        for (x, dt, B, C, reset), state in zip(segments, entering, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
+
+
 def convolve(
     x_BLF: Tensor, weight_FK: Tensor, bias_F: Tensor | None, past: Tensor | None, seq: SequenceContext, layer: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The seam `conv` of Mamba-2: halos of K - 1 tokens travel point to point, their gradients travel back."""
+    """The seam `conv` of Mamba-1 and Mamba-2: halos of K - 1 tokens travel point to point, their gradients travel back."""
     if not isinstance(seq, SegmentedContext):
         return mamba2.convolve(x_BLF, weight_FK, bias_F, past, seq, layer)
     reach = weight_FK.shape[1] - 1

@@ -7,15 +7,17 @@ out again by tokens:
 | part                      | first product            | last product             |
 | ------------------------- | ------------------------ | ------------------------ |
 | Mamba-2, attention        | gather; heads, groups    | heads in; reduce-scatter |
+| Mamba-1                   | gather; channels         | channels in; reduce-scatter |
 | feed-forward              | gather; hidden           | hidden in; reduce-scatter|
 | embedding                 | vocabulary rows          | reduce-scatter           |
 | head and loss             | gather; vocabulary rows  | reduce-scatter, backward |
 
-Backward mirrors it: one gather and one reduce-scatter for each layer each way.
+Backward mirrors it: one gather and one reduce-scatter for each layer each way. The step sizes, B and C of Mamba-1 are
+made of all channels after its convolution: one all-reduce of `R + 2N` numbers a token each way besides.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,12 +28,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from ..model.linear import Embedding, Linear, join
+from ..model.linear import Embedding, Linear, PartialLinear, join, joined_partial
 from ..model.lm import HybridLM
 from ..model.norms import GatedRMSNorm
 from ..model.rules import ShardRule
 from ..model.sequence import SequenceContext
-from .comm import GatherLinear, GatherTokens, ScatterTokens
+from .comm import GatherLinear, GatherTokens, ScatterTokens, SumPartial
 from .mesh import Mesh
 from .norm import spread_gated_norm
 from .vocabulary import vocabulary_loss
@@ -40,19 +42,22 @@ Groups = tuple[tuple[nn.Linear, ...], ...]
 View = Callable[[Tensor], Tensor]
 
 
-def shard_tensors(model: HybridLM, mesh: Mesh) -> None:
+def shard_tensors(model: HybridLM, mesh: Mesh, done: Collection[str] = ()) -> None:
     """Cut every parameter over `tp` and set the seams, in place; call on the meta device, before FSDP.
 
     The degree must divide heads, hidden widths and vocabulary (`fit_problems`). Groups of B and C and KV heads that it
-    does not divide stay whole in memory, and each rank computes with those that its heads use.
+    does not divide stay whole in memory, and each rank computes with those that its heads use. Parameters in
+    `done` are left as they are.
     """
     if mesh.size("tp") == 1:
         return
     group = mesh.group("tp")
-    views = _cut_parameters(model, mesh)
+    views = _cut_parameters(model, mesh, done)
     for name, module in model.named_modules():
         if hasattr(module, "project"):
             module.project = partial(project, group=group)
+        if hasattr(module, "select"):
+            module.select = partial(select, group=group)
         if isinstance(module, Linear) and model.shard_rules()[f"{name}.weight"].dim == 1:
             module.forward = partial(scatter_linear, module, group=group)  # type: ignore[method-assign]
         if isinstance(module, GatedRMSNorm) and (len(module.weight) // mesh.size("tp")) % module.group_size:
@@ -72,6 +77,11 @@ def project(x_1tD: Tensor, groups: Groups, seq: SequenceContext, *, group: dist.
     return tuple(
         (out if bias is None else out + bias).view(rows, length, -1) for out, bias in zip(outputs, biases, strict=True)
     )
+
+
+def select(x_BLi: Tensor, maps: tuple[PartialLinear, ...], *, group: dist.ProcessGroup) -> Tensor:
+    """The seam `select` of Mamba-1: `joined_partial` of this rank's channels, summed over ranks, whole on each."""
+    return SumPartial.apply(joined_partial(x_BLi, maps), group)
 
 
 def scatter_linear(linear: nn.Linear, y_BLF: Tensor, *, group: dist.ProcessGroup) -> Tensor:
@@ -129,17 +139,19 @@ def units_of_rank(rule: ShardRule, ranks: int, rank: int) -> list[int]:
     return [(rank * heads + first) // per_unit for first in range(0, heads, block)]
 
 
-def _cut_parameters(model: HybridLM, mesh: Mesh) -> dict[str, View]:
+def _cut_parameters(model: HybridLM, mesh: Mesh, done: Collection[str]) -> dict[str, View]:
     """Make every parameter a DTensor over `tp`; what turns it into the tensor that this rank computes with, by name."""
     ranks, rank = mesh.size("tp"), mesh.rank("tp")
     views: dict[str, View] = {}
     for name, rule in model.shard_rules().items():
+        if name in done:
+            continue
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         placement = Replicate() if rule.dim is None or rule.count % ranks else Shard(rule.dim)
         parameter = getattr(module, attribute)
         cut = distribute_tensor(parameter.detach(), mesh.tp, [placement], src_data_rank=None)
-        module.register_parameter(attribute, nn.Parameter(cut))
+        module.register_parameter(attribute, nn.Parameter(cut, parameter.requires_grad))
         copied = placement.is_replicate() and rule.dim is not None
         units = units_of_rank(rule, ranks, rank) if copied else None
         views[name] = partial(_local_view, count=rule.count, units=units)

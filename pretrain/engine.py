@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..model.lm import HybridLM
-from ..model.sequence import LayerStates, SequenceContext
+from ..model.sequence import LayerStates, SequenceContext, TrainingPass
 from ..parallel.comm import sum_over_ranks
 from ..parallel.context import share_row
 from ..parallel.fsdp import sync_gradients
@@ -16,6 +16,7 @@ from ..parallel.mesh import Mesh, World
 from ..parallel.pipeline import Pipeline
 from ..parallel.tensor import sum_replicated_gradients
 from .config import Config
+from .routing import RoutingTally
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Engine:
     Attributes:
         models: the whole model alone, or this rank's pipeline stages of it.
         pipeline: runs the stages; None where the model is whole.
+        routing: what mixture-of-experts layers tell.
     """
 
     config: Config
@@ -32,6 +34,11 @@ class Engine:
     mesh: Mesh
     models: list[HybridLM]
     pipeline: Pipeline | None
+
+    def __post_init__(self) -> None:
+        self.routing = RoutingTally(self.config.model, self.world.device)
+        if self.pipeline is not None:
+            self.pipeline.tell = self.routing.add
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """This process's parameters by the names they have in the whole model."""
@@ -49,31 +56,41 @@ class Engine:
         copies = self.config.parallel.model_ranks
         targets = int(sum_over_ranks((batch.targets_BL != -100).sum())) // copies
         # FSDP averages gradients over the ranks that share rows and tokens out; the loss is summed over them.
-        scale = self.mesh.grad_ranks / max(1, targets)
+        scale = torch.tensor(self.mesh.grad_ranks / max(1, targets), dtype=torch.float64, device=self.world.device)
         micro_rows = self.config.train.micro_batch_rows or batch.tokens_BL.shape[0]
         tensors = [
-            t.to(self.world.device, non_blocking=True) for t in (batch.tokens_BL, batch.targets_BL, batch.reset_BL)
+            t.to(self.world.device, non_blocking=True)
+            for t in (batch.tokens_BL, batch.targets_BL, batch.reset_BL, self._numbers(batch))
         ]
         if self.pipeline is None:
             total = self._whole_model(tensors, micro_rows, scale)
         else:
-            total = self.pipeline.step(*tensors, micro_rows=micro_rows, scale=scale)
+            *rows, number_BL = tensors
+            total = self.pipeline.step(*rows, number_BL=number_BL, micro_rows=micro_rows, scale=scale)
             self.pipeline.sum_tied_gradients()
         for model in self.models:
             sum_replicated_gradients(model, self.mesh)
         return total / self.mesh.size("tp"), targets
 
-    def _whole_model(self, tensors: list[Tensor], micro_rows: int, scale: float) -> Tensor:
+    def _numbers(self, batch: Batch) -> Tensor:
+        """The number of each token of this process's rows in the run, the same whoever works on it."""
+        rows, length = batch.tokens_BL.shape
+        first = batch.first_row + self.mesh.data_rank * rows
+        return torch.arange(first * length, (first + rows) * length).view(rows, length)
+
+    def _whole_model(self, tensors: list[Tensor], micro_rows: int, scale: Tensor) -> Tensor:
         (model,) = self.models
         rows = len(tensors[0])
         losses = []
         for start in range(0, rows, micro_rows):
             sync_gradients(model, start + micro_rows >= rows)
-            tokens_BL, targets_BL, reset_BL = (t[start : start + micro_rows] for t in tensors)
+            tokens_BL, targets_BL, reset_BL, number_BL = (t[start : start + micro_rows] for t in tensors)
+            training = TrainingPass(scale, number_BL)
             rows_BL = [tokens_BL, targets_BL]
-            (tokens_BL, targets_BL), seq = share_row(self.config.parallel, self.mesh, rows_BL, reset_BL)
+            (tokens_BL, targets_BL), seq = share_row(self.config.parallel, self.mesh, rows_BL, reset_BL, training)
             loss_sum, _ = model(tokens_BL, seq, targets_BL)
             (loss_sum * scale).backward()
+            self.routing.add(training.told)
             losses.append(loss_sum.detach())
         return torch.stack(losses).sum()
 

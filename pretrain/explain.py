@@ -155,7 +155,8 @@ def _update(engine: Engine, optimizers: list[Optimizer], fake: FakeWorld) -> lis
     """What is sent between the last backward pass and the next step."""
     with fake.tensors(), Traffic(engine.mesh) as traffic:
         for parameter in engine.named_parameters().values():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         for model in engine.models:
             sum_replicated_gradients(model, engine.mesh)
         _finish_update(engine, optimizers)

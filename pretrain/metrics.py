@@ -35,6 +35,12 @@ class Metrics:
         )
         self._write({"kind": "train", **record})
 
+    def routing(self, step: int, record: dict[str, Any], warning: str | None) -> None:
+        """The health of routing since the record before, and a line to show when experts have died."""
+        if warning:
+            self._show(f"step {step} | {warning}")
+        self._write({"kind": "routing", "step": step, **record})
+
     def evaluation(self, record: dict[str, Any]) -> None:
         """One held-out evaluation's record."""
         self._show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")

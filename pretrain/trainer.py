@@ -56,6 +56,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
             skip = (~norm.isfinite()).float()
             for optimizer in run.optimizers:
                 optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)
+            run.engine.routing.finish_step(run.engine.models, skip)
             run.engine.zero_grad()
             skipped += skip
             skipped_in_a_row = (skipped_in_a_row + skip) * skip
@@ -94,6 +95,7 @@ def due(step: int, every: int, last: int) -> bool:
 def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, pace: Pace) -> None:
     """Write this step's record. Collective."""
     loss = float(sum_over_ranks(loss_sum)) / max(1, targets)
+    routing = run.engine.routing.report(run.engine.models)
     progress, config = run.progress, run.config
     if run.metrics is not None:
         run.metrics.train(
@@ -109,6 +111,8 @@ def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tens
             },
             seconds_left=(config.train.steps - progress.step) * pace.seconds / pace.updates,
         )
+        if routing is not None:
+            run.metrics.routing(progress.step, routing.record(), routing.warning())
 
 
 def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> None:

@@ -11,7 +11,7 @@ from headrace.data import Batch
 from headrace.data.config import DataConfig
 from headrace.model.config import ModelConfig
 from headrace.model.lm import HybridLM
-from headrace.model.sequence import SequenceContext
+from headrace.model.sequence import SequenceContext, TrainingPass
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.fsdp import materialise
 from headrace.parallel.mesh import Mesh, World, build_mesh
@@ -49,7 +49,8 @@ def one_process(config: ModelConfig, rows: Rows) -> Step:
     model = HybridLM(config).double()
     model.initialize(SEED)
     tokens, targets, reset = rows.tensors(config.vocab_size)
-    loss_sum, count = model(tokens, SequenceContext(reset_BL=reset), targets)
+    training = TrainingPass(1 / (targets != -100).sum().double(), torch.arange(tokens.numel()).view_as(tokens))
+    loss_sum, count = model(tokens, SequenceContext(reset_BL=reset, training=training), targets)
     (loss_sum / count).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return float(loss_sum.detach() / count), gradients
@@ -105,12 +106,15 @@ def take_step(case: Case, mesh: Mesh) -> Step:
     """The step on the ranks of the mesh; gradients of this rank's parameters, whole. Collective."""
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     engine = build_engine(case, mesh, world)
-    share = slice(mesh.data_rank, None, mesh.data_ranks)
+    each = case.rows.count // mesh.data_ranks
+    share = slice(mesh.data_rank * each, (mesh.data_rank + 1) * each)
     tokens, targets, reset = (t[share] for t in case.rows.tensors(case.model.vocab_size))
     loss_sum, count = engine.forward_backward(Batch(tokens, targets, reset, 0))
     dist.all_reduce(loss_sum)
     gradients = {}
     for name, parameter in engine.named_parameters().items():
+        if not parameter.requires_grad:
+            continue
         assert isinstance(parameter.grad, DTensor), name
         gradients[name] = parameter.grad.full_tensor()
     return float(loss_sum / count), gradients

@@ -17,6 +17,7 @@ import pytest
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.parallel.config import ParallelConfig
 from spread import Case, Rows, Step, largest_errors, one_process
@@ -32,6 +33,7 @@ def model(pattern: str, *, groups: int, tied: bool, **mamba2: Any) -> ModelConfi
         pattern=pattern,
         tie_embeddings=tied,
         mamba2=replace(Mamba2Config(head_dim=4, d_state=5, num_groups=groups, num_heads=4, chunk_size=8), **mamba2),
+        mamba1=Mamba1Config(d_state=3, dt_rank=5, inner_norms=True, bias=True),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, rope_fraction=1.0, bias=True),
         sliding_attention=SlidingAttentionConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.5, window=7),
         mlp=MLPConfig(d_hidden=12, bias=True),
@@ -43,6 +45,7 @@ PATTERNS = {
     "Mamba-2, G=4": model("4*mamba2", groups=4, tied=False, skip="channel", bias=True),
     "hybrid, G=2, tied": model("mamba2 attention mamba2 mlp", groups=2, tied=True),
     "sliding window, G=2": model("sliding_attention mamba2 mlp sliding_attention", groups=2, tied=False),
+    "Mamba-1": model("mamba1 mlp mamba1 mamba1", groups=1, tied=False),
 }
 # 29 divides nothing. With 2, 4 or 8 segments edges lie at 15; 8, 15, 22; 4, 8, 12, 16, 20, 23, 26: documents begin
 # on them, one token before and one after, and inside segments.

@@ -51,6 +51,10 @@ class MLPConfig:
         first, hidden = self._first_width(d_model), self.hidden(d_model)
         return d_model * (first + hidden) + (first + d_model) * self.bias
 
+    def num_active_params(self, d_model: int) -> int:
+        """See LayerConfig.num_active_params: all."""
+        return self.num_params(d_model)
+
     def flops_per_token(self, d_model: int, L: int) -> int:
         """See LayerConfig.flops_per_token."""
         return 6 * d_model * (self._first_width(d_model) + self.hidden(d_model))

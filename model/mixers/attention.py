@@ -91,6 +91,10 @@ class AttentionConfig:
         queries, keys = self.num_heads * self.width(d_model), self.kv_heads * self.width(d_model)
         return d_model * (2 * queries + 2 * keys) + (queries + 2 * keys + d_model) * self.bias
 
+    def num_active_params(self, d_model: int) -> int:
+        """See LayerConfig.num_active_params: all."""
+        return self.num_params(d_model)
+
     def flops_per_token(self, d_model: int, L: int) -> int:
         """See LayerConfig.flops_per_token; scores and mixing count the keys a token sees, on average over the row."""
         queries, keys = self.num_heads * self.width(d_model), self.kv_heads * self.width(d_model)

@@ -98,6 +98,10 @@ class Mamba2Config:
         biases = (projected + d_model) * self.bias
         return d_model * (projected + inner) + biases + conv + 2 * H + skip + norm
 
+    def num_active_params(self, d_model: int) -> int:
+        """See LayerConfig.num_active_params: all."""
+        return self.num_params(d_model)
+
     def flops_per_token(self, d_model: int, L: int) -> int:
         """See LayerConfig.flops_per_token; the four products of the chunked SSD, within a chunk their causal half."""
         H, inner, state = self._widths(d_model)

@@ -17,16 +17,18 @@ __all__ = ["AdamW", "Muon", "MuonConfig", "Optimizer", "OptimizerConfig", "build
 def build_optimizers(models: Iterable[HybridLM], config: OptimizerConfig) -> list[Optimizer]:
     """The optimizers that together update every parameter of `models`, pipeline stages of one, once; after sharding.
 
-    With `kind="muon"` the matrices inside the layers go to Muon; all else, the embedding and head among it, to AdamW.
+    With `kind="muon"` the matrices inside the layers, those of experts too, go to Muon; all else, the embedding and
+    head among it, to AdamW. Balance biases are moved by their routers' load and belong to none.
     """
     parameters: dict[str, torch.Tensor] = {}
     kinds: dict[str, ParameterKind] = {}
     spared: set[str] = set()
     for model in models:
-        parameters |= dict(model.named_parameters())
+        parameters |= {name: p for name, p in model.named_parameters() if p.requires_grad}
         kinds |= model.parameter_kinds()
         spared |= model.no_decay_names()
-    matrices = {name: p for name, p in parameters.items() if config.kind == "muon" and kinds[name] == "matrix"}
+    to_muon = ("matrix", "experts") if config.kind == "muon" else ()
+    matrices = {name: p for name, p in parameters.items() if kinds[name] in to_muon}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
     built: list[Optimizer] = [
         AdamW(

@@ -18,27 +18,28 @@ def orthogonalise(matrices: torch.Tensor, iterations: int) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices, to Newton-Schulz accuracy.
 
     Args:
-        matrices: (n, rows, columns), any float dtype; the work is done in it.
+        matrices: (..., rows, columns), any float dtype; the work is done in it.
         iterations: Newton-Schulz steps; five suffice.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = matrices.flatten(0, -3)
+    x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).view(matrices.shape)
 
 
 class Muon:
-    """Muon over 2-D parameters; each rank orthogonalises its share of the whole matrices.
+    """Muon over matrices and stacks of matrices; each rank orthogonalises its share of the whole ones.
 
     The update of a matrix is a function of the whole matrix, so momentum is gathered first; the result is
     the single-process update under any sharding. Collective in `step`.
 
     Args:
-        parameters: name to 2-D parameter, plain or DTensor.
+        parameters: name to parameter of two or more dimensions, plain or DTensor.
         config: Muon's numbers.
         weight_decay: decoupled decay.
     """
@@ -58,7 +59,7 @@ class Muon:
         keep = skip > 0
         for shape, names in self.by_shape.items():
             nesterov = [self._advance(name, keep) for name in names]
-            size = 0.2 * max(shape) ** 0.5
+            size = 0.2 * max(shape[-2:]) ** 0.5
             for name, update in zip(names, self._orthogonal(names, nesterov), strict=True):
                 local = local_part(self.parameters[name])
                 decayed = local * (1.0 - lr * self.weight_decay)

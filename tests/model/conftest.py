@@ -5,7 +5,9 @@ import torch
 
 from headrace.model import HybridLM, ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
+from headrace.model.ffns.moe import MoEConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 
 SMALL = Mamba2Config(head_dim=8, d_state=6, chunk_size=16)
@@ -33,6 +35,11 @@ MODELS: dict[str, ModelConfig] = {
         "mamba2",
         mamba2=Mamba2Config(head_dim=8, d_state=4, d_conv=1, conv_bias=False, skip="none", gated_norm="none"),
     ),
+    "mamba1": _lm("2*mamba1", mamba1=Mamba1Config(d_state=5)),
+    "mamba1-norms": _lm(
+        "mamba1", mamba1=Mamba1Config(expand=1.5, d_state=4, d_conv=2, dt_rank=3, inner_norms=True, bias=True)
+    ),
+    "mamba1-bare": _lm("mamba1", mamba1=Mamba1Config(expand=1, d_state=1, d_conv=1, dt_rank=1, conv_bias=False)),
     "attention": _lm("2*attention", attention=AttentionConfig(num_heads=4, num_kv_heads=2, bias=True)),
     "attention-rope": _lm(
         "attention",
@@ -45,6 +52,25 @@ MODELS: dict[str, ModelConfig] = {
     "mlp": _lm("mlp", mlp=MLPConfig(d_hidden=20, bias=True)),
     "mlp-relu2": _lm("mlp", mlp=MLPConfig(activation="relu2")),
     "mlp-gelu": _lm("mlp", mlp=MLPConfig(activation="gelu", bias=True), tie_embeddings=False),
+    "moe": _lm("mamba2 moe", moe=MoEConfig(num_experts=5, top_k=2, d_hidden=12)),
+    "moe-switch": _lm("moe", moe=MoEConfig(num_experts=3, top_k=1, d_hidden=10, activation="gelu", jitter=0.1)),
+    "moe-groups": _lm(
+        "moe",
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=3,
+            d_hidden=6,
+            activation="relu2",
+            d_shared=9,
+            score="sigmoid",
+            renormalize=True,
+            scale=2.5,
+            num_groups=4,
+            top_groups=2,
+            balance="bias",
+        ),
+    ),
+    "moe-chunks": _lm("mamba2 moe", moe=MoEConfig(num_experts=4, top_k=2, d_hidden=8, chunk=4, balance="sinkhorn")),
     "hybrid": _lm(
         "2*(mamba2 mlp) attention sliding_attention mlp",
         attention=AttentionConfig(num_heads=4, rope_fraction=1.0),

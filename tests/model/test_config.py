@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from headrace.errors import UserError
-from headrace.model import HybridLM, ModelConfig
+from headrace.model import HybridLM, ModelConfig, SequenceContext
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig, SlidingAttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 
 SMALL = st.integers(0, 12)
@@ -30,6 +31,16 @@ TABLES = {
         bias=st.booleans(),
         skip=st.sampled_from(["head", "channel", "none", "row"]),
         gated_norm=st.sampled_from(["group", "whole", "none"]),
+    ),
+    "mamba1": st.builds(
+        Mamba1Config,
+        expand=st.sampled_from([0.0, 0.01, 0.5, 1, 1.3, 2, math.inf, math.nan]),
+        d_state=SMALL,
+        d_conv=st.integers(0, 5),
+        dt_rank=st.none() | SMALL,
+        conv_bias=st.booleans(),
+        bias=st.booleans(),
+        inner_norms=st.booleans(),
     ),
     "attention": st.builds(
         AttentionConfig,
@@ -108,6 +119,21 @@ def test_mamba2_mistakes(table: Mamba2Config, words: str) -> None:
     assert words in problem
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (Mamba1Config(expand=1.01), "expand=1.01 times d_model=64 must be a positive whole number of channels; use 2"),
+        (Mamba1Config(expand=math.inf), "expand=inf must be finite"),
+        (Mamba1Config(dt_rank=0), "dt_rank=0 must be at least 1"),
+        (Mamba1Config(dt_min=0.2), "dt_min=0.2 must be above 0 and at most dt_max=0.1"),
+        (Mamba1Config(dt_floor=0.0), "dt_floor=0.0 must be above 0"),
+    ],
+)
+def test_mamba1_mistakes(table: Mamba1Config, words: str) -> None:
+    (problem,) = ModelConfig(vocab_size=8, d_model=64, pattern="mamba1", mamba1=table).problems()
+    assert words in problem
+
+
 def test_every_field_changes_the_model_or_its_first_values() -> None:
     """Options that nothing reads would leave parameters, first values and outputs as they are."""
     changes: dict[str, dict[str, Any]] = {
@@ -115,6 +141,10 @@ def test_every_field_changes_the_model_or_its_first_values() -> None:
             "num_heads": 2, "head_dim": 16, "expand": 1, "d_state": 8, "num_groups": 2, "d_conv": 2, "chunk_size": 4,
             "conv_bias": False, "bias": True, "skip": "channel", "gated_norm": "none", "norm_before_gate": True,
             "dt_limit": (0.01, 0.02), "dt_min": 0.01, "dt_max": 0.5, "dt_floor": 0.05, "A_range": (2.0, 3.0),
+        },
+        "mamba1": {
+            "expand": 1, "d_state": 8, "d_conv": 2, "dt_rank": 3, "conv_bias": False, "bias": True,
+            "inner_norms": True, "dt_min": 0.01, "dt_max": 0.5, "dt_floor": 0.05,
         },
         "attention": {
             "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "rope_fraction": 0.5, "rope_theta": 10.0, "bias": True,
@@ -126,7 +156,7 @@ def test_every_field_changes_the_model_or_its_first_values() -> None:
     base = ModelConfig(
         vocab_size=11,
         d_model=16,
-        pattern="mamba2 attention sliding_attention mlp",
+        pattern="mamba2 mamba1 attention sliding_attention mlp",
         mamba2=Mamba2Config(head_dim=8, d_state=4),
         attention=AttentionConfig(num_heads=4, rope_fraction=1.0),
         sliding_attention=SlidingAttentionConfig(num_heads=4),
@@ -176,3 +206,14 @@ def test_flops_of_mamba2_grow_with_the_chunk_only() -> None:
     projections = table.num_params(64) - (128 + 64) * 5 - 3 * 16 - 128
     ssd = 32 * (2 * 16 + 128) // 2 + 2 * 128 * 16
     assert long == 6 * (projections + ssd)
+
+
+@pytest.mark.parametrize("table", [Mamba1Config(), Mamba1Config(expand=1, d_state=5, dt_rank=7)])
+def test_flops_of_mamba1_are_its_products_and_two_for_each_state(table: Mamba1Config) -> None:
+    L = 16
+    with torch.device("meta"):
+        layer = table.build(48, 1e-5, 0)
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.zeros(1, L, 48), SequenceContext())
+    states = 2 * 2 * table.inner(48) * table.d_state
+    assert 3 * (counter.get_total_flops() / L + states) == table.flops_per_token(48, L)

@@ -90,6 +90,8 @@ def test_every_parameter_gets_a_gradient(model: HybridLM) -> None:
     loss, count = model(draw_tokens(model.config), SequenceContext(draw_resets()), draw_tokens(model.config))
     (loss / count).backward()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0 or name.endswith("k_proj.bias"), name
@@ -131,7 +133,7 @@ def test_cutting_rules_fit(config: ModelConfig) -> None:
     for name, parameter in model.named_parameters():
         rule = rules[name]
         if rule.dim is not None:
-            assert rule.unit in {"heads", "groups", "kv_heads", "hidden", "vocabulary"}
+            assert rule.unit in {"heads", "groups", "kv_heads", "channels", "hidden", "vocabulary"}
             assert parameter.shape[rule.dim] % rule.count == 0, name
     cut_matrices = [name for name, kind in model.parameter_kinds().items() if kind == "matrix"]
     assert all(rules[name].dim is not None for name in cut_matrices)

@@ -84,8 +84,9 @@ def pipeline_step(
     for _ in range(case.steps):
         for model in models:
             model.zero_grad()
-        scale = mesh.grad_ranks / count
-        loss_sum = pipeline.step(tokens[share], targets[share], mine, micro_rows=case.micro_rows, scale=scale)
+        options = {"micro_rows": case.micro_rows, "scale": torch.tensor(mesh.grad_ranks / count)}
+        number = torch.arange(tokens.numel()).view_as(tokens)
+        loss_sum = pipeline.step(tokens[share], targets[share], mine, number_BL=number[share], **options)
         for model in models:
             sum_replicated_gradients(model, mesh)
         pipeline.sum_tied_gradients()

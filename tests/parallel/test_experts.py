@@ -1,0 +1,72 @@
+"""Mixture-of-experts layers under every layout: one process's loss and gradients, whatever the router's variant."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from headrace.model.config import ModelConfig
+from headrace.model.ffns.moe import MoEConfig
+from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.parallel.config import ParallelConfig
+from spread import Case, Rows, largest_errors, one_process
+
+ROWS = Rows(4, 29, (0, 3, 7, 8, 9, 14, 15, 16, 21, 27))
+
+
+def model(pattern: str = "mamba2 moe", **moe: Any) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=40,
+        d_model=16,
+        pattern=pattern,
+        mamba2=Mamba2Config(head_dim=4, d_state=5, num_heads=4, chunk_size=8),
+        moe=MoEConfig(**{"num_experts": 4, "top_k": 2, "d_hidden": 8, **moe}),
+    )
+
+
+ROUTERS = {
+    "renormalised": model(renormalize=True, z_loss=0.01, d_shared=8),
+    "switch": model(top_k=1, activation="gelu", jitter=0.1, balance_scope="batch"),
+    "sigmoid": model(
+        activation="relu2", score="sigmoid", renormalize=True, scale=2.5, num_groups=2, balance="bias", d_shared=4
+    ),
+    "sinkhorn": model(top_k=1, score="sigmoid", balance="sinkhorn"),
+    "chunks": model(chunk=5, z_loss=0.1),
+}
+# Where rows are in flight apart from each other, loads are counted by row.
+DEGREES: tuple[dict[str, object], ...] = (
+    {"tp": 2},
+    {"tp": 4},
+    {"cp": 2, "cp_layout": "zigzag"},
+    {"dp_shard": 2},
+    {"dp_replicate": 2},
+    {"dp_shard": 2, "ep": 2},
+    {"dp_shard": 4, "ep": 2},
+    {"dp_shard": 4, "ep": 4},
+    {"cp": 2, "ep": 2},
+    {"cp": 4, "cp_layout": "zigzag", "ep": 4},
+    {"tp": 2, "dp_shard": 2, "ep": 2},
+    {"tp": 2, "ep": 2, "ep_over_tp": True},
+    {"tp": 2, "ep": 1, "ep_over_tp": True},
+    {"tp": 2, "cp": 2, "ep": 4, "ep_over_tp": True},
+    {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+)
+
+
+def ranks_of(degrees: dict[str, Any]) -> int:
+    ranks = 1
+    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
+        ranks *= int(degrees.get(axis, 1))
+    return ranks
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=lambda d: " ".join(f"{k}={v}" for k, v in d.items()))
+def test_every_router_equals_one_process(gloo: Callable, degrees: dict[str, Any]) -> None:
+    parallel = ParallelConfig(**{"dp_shard": 1, **degrees})
+    cases = [Case(model=config, parallel=parallel, rows=ROWS) for config in ROUTERS.values()]
+    steps = [one_process(case.model, ROWS) for case in cases]
+    by_rank = gloo(ranks_of(degrees), largest_errors, cases, steps, timeout_s=120)
+    for name, step, errors in zip(ROUTERS, steps, zip(*by_rank, strict=True), strict=True):
+        assert set().union(*errors) == {"loss", *step[1]}, f"{name}: gradients are missing"
+        worst = max((error, parameter) for part in errors for parameter, error in part.items())
+        assert worst[0] <= 1e-9, f"{name}: {worst[1]} is off by {worst[0]:.1e}"
