@@ -27,6 +27,21 @@ LAYOUTS = {
     "tp2-cp2-dp2": (8, {"tp": 2, "cp": 2, "cp_layout": "zigzag"}),
     "tp2-pp2-dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
 }
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2-dp2-ep2": (4, {"tp": 2, "ep": 2}),
+    "tp2-cp2-ep4": (4, {"tp": 2, "cp": 2, "ep": 4, "ep_over_tp": "true"}),
+    "pp2-dp3-ep3": (6, {"pp": 2, "ep": 3}),
+}
+EXPERTS = (
+    'model.pattern="mamba2 moe mamba2 moe"',
+    "model.moe.num_experts=12",
+    'model.moe.score="sigmoid"',
+    'model.moe.balance="bias"',
+    "model.moe.bias_rate=0.01",
+    "log.every_steps=1",
+)
 BASE = ("model.attention.num_heads=4", "train.batch_rows=6", "train.micro_batch_rows=1", "checkpoint.every_steps=3")
 
 
@@ -36,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(folder: Path, data: Path, layout: str, kind: str, *more: str) -> Config:
-    degrees = LAYOUTS[layout][1]
+    degrees = {**LAYOUTS, **EXPERT_LAYOUTS}[layout][1]
     values = (f"parallel.{key}={value}" for key, value in degrees.items())
     return tiny_config(folder, data, *BASE, f"optimizer.kind={kind}", *values, *more)
 
@@ -90,6 +105,26 @@ def test_a_checkpoint_goes_on_under_any_layout(
         (checkpoints(other) / path.name).symlink_to(path)
         gloo(LAYOUTS[layout][0], run_until, other, 4)
         assert losses(other)[4] == pytest.approx(expected[4], rel=2e-6), layout
+
+
+def test_experts_go_on_under_any_layout(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """Weights, state and balance biases bit for bit; then the same loss, and every token to the same expert."""
+    saved_as, kind = "tp2-dp2-ep2", "muon"
+    config = config_for(tmp_path, data, saved_as, kind, *EXPERTS)
+    ranks = EXPERT_LAYOUTS[saved_as][0]
+    gloo(ranks, run_until, config, 3, timeout_s=180)
+    path = latest_checkpoint(checkpoints(config))
+    gloo(ranks, run_until, config, 5, timeout_s=180)
+    loads = records(config, "routing", "load")
+    assert any(value for layer in records(config, "routing", "bias")[5] for value in layer)
+    for layout, (ranks, _) in EXPERT_LAYOUTS.items():
+        other = config_for(tmp_path, data, layout, kind, *EXPERTS, f"run.name={layout}")
+        assert gloo(ranks, load_and_compare, other, str(path)) == [[]] * ranks, layout
+        checkpoints(other).mkdir(parents=True)
+        (checkpoints(other) / path.name).symlink_to(path)
+        gloo(ranks, run_until, other, 5, timeout_s=120)
+        assert losses(other)[4] == pytest.approx(losses(config)[4], rel=2e-6), layout
+        assert records(other, "routing", "load")[4] == loads[4], layout
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])

@@ -9,7 +9,7 @@ _ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
 def jittered(x_TD: Tensor, width: float, number_T: Tensor, layer: int) -> Tensor:
-    """`x` times noise uniform in `1 - width` to `1 + width`, a number an element (Switch, arXiv:2101.03961, appendix C).
+    """`x` times noise uniform in `1 - width` to `1 + width`, one an element (Switch, arXiv:2101.03961, appendix C).
 
     The noise is a hash of the token's number in the run, the layer and the channel: no generator whose state would
     depend on which rank draws what.

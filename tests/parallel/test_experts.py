@@ -1,6 +1,7 @@
 """Mixture-of-experts layers under every layout: one process's loss and gradients, whatever the router's variant."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from headrace.model.config import ModelConfig
 from headrace.model.ffns.moe import MoEConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.parallel.config import ParallelConfig
+from headrace.parallel.recompute import Recompute
 from spread import Case, Rows, largest_errors, one_process
 
 ROWS = Rows(4, 29, (0, 3, 7, 8, 9, 14, 15, 16, 21, 27))
@@ -70,3 +72,36 @@ def test_every_router_equals_one_process(gloo: Callable, degrees: dict[str, Any]
         assert set().union(*errors) == {"loss", *step[1]}, f"{name}: gradients are missing"
         worst = max((error, parameter) for part in errors for parameter, error in part.items())
         assert worst[0] <= 1e-9, f"{name}: {worst[1]} is off by {worst[0]:.1e}"
+
+
+# The last with a micro-batch that is filled up by rows that must not count.
+PIPELINES: tuple[tuple[dict[str, Any], int], ...] = (
+    ({"pp": 2, "dp_shard": 2, "ep": 2}, 1),
+    ({"pp": 2, "tp": 2}, 2),
+    ({"pp": 2, "pp_stages": 2, "pp_schedule": "interleaved", "cp": 2, "ep": 2}, 1),
+    ({"pp": 2, "pp_stages": 2, "pp_schedule": "zero_bubble", "dp_shard": 2, "ep": 2}, 1),
+    ({"pp": 2}, 3),
+)
+
+
+@pytest.mark.parametrize(("degrees", "micro_rows"), PIPELINES, ids=str)
+def test_stages_equal_one_process(gloo: Callable, degrees: dict[str, Any], micro_rows: int) -> None:
+    parallel = ParallelConfig(**{"dp_shard": 1, **degrees})
+    by_row = {name: config for name, config in ROUTERS.items() if config.moe.balance_scope == "row"}
+    configs = [replace(config, pattern="2*(mamba2 moe)") for config in by_row.values()]
+    cases = [Case(model=config, parallel=parallel, rows=ROWS, micro_rows=micro_rows) for config in configs]
+    steps = [one_process(case.model, ROWS) for case in cases]
+    by_rank = gloo(ranks_of(degrees), largest_errors, cases, steps, timeout_s=120)
+    for name, step, errors in zip(by_row, steps, zip(*by_rank, strict=True), strict=True):
+        assert set().union(*errors) == {"loss", *step[1]}, f"{name}: gradients are missing"
+        worst = max((error, parameter) for part in errors for parameter, error in part.items())
+        assert worst[0] <= 1e-9, f"{name}: {worst[1]} is off by {worst[0]:.1e}"
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_nothing(gloo: Callable, recompute: Recompute) -> None:
+    parallel = ParallelConfig(dp_shard=2, ep=2)
+    case = Case(model=ROUTERS["renormalised"], parallel=parallel, rows=ROWS, recompute=recompute)
+    step = one_process(case.model, ROWS)
+    for errors in gloo(2, largest_errors, [case], [step]):
+        assert max(errors[0].values()) <= 1e-9
