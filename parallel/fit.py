@@ -7,7 +7,8 @@ from ..model.layer import divisors
 from ..model.rules import ShardRule
 from .config import ParallelConfig
 
-# Units that every tensor-parallel rank needs its own share of, and what sets their number. Groups and KV heads are copied where there are fewer.
+# Units that every tensor-parallel rank needs its own share of, and what sets their number. Groups and KV heads are
+# copied where there are fewer.
 SHARED_OUT = {"heads": "num_heads", "channels": "expand*d_model", "hidden": "d_hidden", "vocabulary": "vocab_size"}
 
 

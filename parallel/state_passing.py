@@ -68,7 +68,7 @@ def selective_scan_over_segments(
 def convolve(
     x_BLF: Tensor, weight_FK: Tensor, bias_F: Tensor | None, past: Tensor | None, seq: SequenceContext, layer: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The seam `conv` of Mamba-1 and Mamba-2: halos of K - 1 tokens travel point to point, their gradients travel back."""
+    """The seam `conv` of Mamba-1 and 2: halos of K - 1 tokens travel point to point, their gradients travel back."""
     if not isinstance(seq, SegmentedContext):
         return mamba2.convolve(x_BLF, weight_FK, bias_F, past, seq, layer)
     reach = weight_FK.shape[1] - 1

@@ -11,6 +11,7 @@ from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.lm import HybridLM
 from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.pretrain.checkpoint import save_checkpoint
 from headrace.pretrain.config import Config, RunConfig, TrainConfig
@@ -40,6 +41,17 @@ def random_mamba2(rng: random.Random, d_model: int, *, whole_expand: bool, upper
     )
 
 
+def random_mamba1(rng: random.Random) -> Mamba1Config:
+    return Mamba1Config(
+        expand=rng.choice([1, 2, 3]),
+        d_state=rng.choice([1, 4, 16]),
+        d_conv=rng.choice([2, 3, 4]),
+        dt_rank=rng.choice([None, 1, 5]),
+        conv_bias=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
+    )
+
+
 def random_attention(rng: random.Random, d_model: int, rope_fractions: list[float], *, bias: bool) -> AttentionConfig:
     heads, ratio = rng.choice([(4, 1), (4, 2), (4, 4), (2, 2)])
     return AttentionConfig(
@@ -66,6 +78,8 @@ def random_config(model_type: str, seed: int) -> ModelConfig:
     if model_type == "mamba2":
         mamba = random_mamba2(rng, d_model, whole_expand=True, upper_limit=True)
         return ModelConfig(**common, pattern=f"{rng.randint(1, 4)}*mamba2", mamba2=mamba)
+    if model_type == "mamba":
+        return ModelConfig(**common, pattern=f"{rng.randint(1, 4)}*mamba1", mamba1=random_mamba1(rng))
     if model_type == "nemotron_h":
         kinds = [rng.choice(["mamba2", "attention", "mlp"]) for _ in range(rng.randint(1, 5))]
         return ModelConfig(

@@ -27,7 +27,7 @@ class Mamba1Config:
         d_state, d_conv: N and the taps of the convolution.
         dt_rank: R, numbers that a token's step sizes are made of; None for d_model / 16, rounded up.
         conv_bias, bias: biases of the convolution; of the input and output projections.
-        inner_norms: RMS norms on dt (before its second projection), B and C, as in Jamba (arXiv:2403.19887, section 6.4).
+        inner_norms: RMS norms on dt before its second projection, on B and on C: Jamba (arXiv:2403.19887, section 6.4).
         dt_min, dt_max, dt_floor: distribution of the first step sizes.
     """
 
@@ -72,6 +72,10 @@ class Mamba1Config:
         selection = inner * (selected + self.rank(d_model)) + selected * self.inner_norms
         ssm = inner * (self.d_state + 2)  # A_log, D and the bias of the step sizes
         return projections + inner * (self.d_conv + self.conv_bias) + selection + ssm
+
+    def num_active_params(self, d_model: int) -> int:
+        """See LayerConfig.num_active_params: all."""
+        return self.num_params(d_model)
 
     def flops_per_token(self, d_model: int, L: int) -> int:
         """See LayerConfig.flops_per_token; of the scan, the update of every state and its read-out."""

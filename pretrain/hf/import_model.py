@@ -17,7 +17,7 @@ from .stock_folder import read_json, read_weights
 
 
 def import_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and float32 parameters of a Mamba2, NemotronH, Bamba or (dense) GraniteMoeHybrid model folder.
+    """Configuration and float32 parameters of a Mamba, Mamba2, NemotronH, Bamba or dense GraniteMoeHybrid folder.
 
     The model computes what the stock class does, its quirks included: NemotronH clamps step sizes to `time_step_min`.
     Needs no transformers; reads safetensors only.
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
 
 
 def published_name(name: str, names: WeightNames) -> str:
-    """NemotronH is published with two names of its backbone, Mamba-2 with two of its embedding; `names` has one."""
+    """NemotronH is published with two names of its backbone, Mamba with two of its embedding; `names` has one."""
     if names.backbone == "backbone":
         name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
         name = name.replace("backbone.embedding.", "backbone.embeddings.", 1)

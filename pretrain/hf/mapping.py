@@ -24,6 +24,19 @@ _MAMBA2 = {
     "out_proj.weight": ("out_proj.weight",),
     "out_proj.bias": ("out_proj.bias",),
 }
+_MAMBA1 = {
+    "in_proj.weight": ("in_x.weight", "in_z.weight"),
+    "in_proj.bias": ("in_x.bias", "in_z.bias"),
+    "conv1d.weight": ("conv_x.weight",),
+    "conv1d.bias": ("conv_x.bias",),
+    "x_proj.weight": ("x_dt.weight", "x_B.weight", "x_C.weight"),
+    "dt_proj.weight": ("dt_proj.weight",),
+    "dt_proj.bias": ("ssm.dt_bias",),
+    "A_log": ("ssm.A_log",),
+    "D": ("ssm.D",),
+    "out_proj.weight": ("out_proj.weight",),
+    "out_proj.bias": ("out_proj.bias",),
+}
 _ATTENTION = {
     f"{stock}.{end}": (f"{ours}.{end}",)
     for stock, ours in {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj"}.items()
@@ -67,6 +80,12 @@ class WeightNames:
     ties: bool = True
 
 
+MAMBA1_NAMES = WeightNames(
+    backbone="backbone",
+    embed="embeddings",
+    final_norm="norm_f",
+    layers={"mamba1": LayerNames("norm", "mixer", _MAMBA1)},
+)
 MAMBA2_NAMES = WeightNames(
     backbone="backbone",
     embed="embeddings",

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from ...errors import UserError
 from ...model.config import ModelConfig
 from .mapping import WeightNames
+from .stock_mamba1 import Mamba
 from .stock_paired import Bamba, GraniteMoeHybrid
 from .stock_single import Mamba2, NemotronH
 
@@ -33,7 +34,7 @@ class StockClass(Protocol):
 
 
 # In order of preference: the first that fits is used.
-STOCK_CLASSES: tuple[StockClass, ...] = (Mamba2(), NemotronH(), GraniteMoeHybrid(), Bamba())
+STOCK_CLASSES: tuple[StockClass, ...] = (Mamba2(), Mamba(), NemotronH(), GraniteMoeHybrid(), Bamba())
 
 
 def choose_stock_class(config: ModelConfig) -> StockClass:

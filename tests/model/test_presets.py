@@ -26,6 +26,10 @@ def _stock_count(name: str) -> int:
             n_groups=8,
         )
         build = transformers.NemotronHForCausalLM
+    elif "mamba1" in config.kinds:
+        # The class's own defaults are those of the released models: only sizes differ.
+        stock = transformers.MambaConfig(hidden_size=config.d_model, num_hidden_layers=len(config.kinds))
+        build = transformers.MambaForCausalLM
     else:
         stock = transformers.Mamba2Config(
             vocab_size=50288,

@@ -12,6 +12,7 @@ from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.pretrain.generate import GenerateConfig, choose_token, generate_text, generate_tokens
 from headrace.pretrain.hf import choose_stock_class
@@ -31,6 +32,7 @@ NO_ROPE = AttentionConfig(num_heads=4)
 LIMITED = dataclasses.replace(TINY["mamba2"], dt_limit=(0.0, 0.3))
 CONFIGS = {
     "pure mamba2": ModelConfig(**TINY, pattern="3*mamba2"),
+    "pure mamba1": ModelConfig(**TINY, pattern="3*mamba1", mamba1=Mamba1Config(d_state=4)),
     "step limits, which stock classes forget in their cache": ModelConfig(
         **{**TINY, "mamba2": LIMITED}, pattern="2*mamba2"
     ),

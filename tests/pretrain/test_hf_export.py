@@ -14,6 +14,7 @@ from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.model.presets import PRESETS
 from headrace.pretrain.hf import choose_stock_class, export_hf, import_hf
@@ -32,6 +33,7 @@ ATTENTION = AttentionConfig(num_heads=4)
 TINY = {"vocab_size": 400, "d_model": 16, "mamba2": MAMBA2, "attention": ATTENTION}
 HYBRIDS = {
     "Mamba2ForCausalLM": ModelConfig(**TINY, pattern="2*mamba2"),
+    "MambaForCausalLM": ModelConfig(**TINY, pattern="2*mamba1", mamba1=Mamba1Config(d_state=4)),
     "NemotronHForCausalLM": ModelConfig(
         **TINY, pattern="mamba2 attention mlp mlp", mlp=MLPConfig(d_hidden=24, activation="relu2")
     ),
@@ -88,7 +90,7 @@ def test_round_trip_through_stock_classes(architecture, tokenizer, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (report.folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "nemotron_h", "bamba", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid"])
 @pytest.mark.parametrize("seed", range(5))
 def test_import_gives_back_every_option_that_matters(model_type, seed, tmp_path):
     model = hf_models.random_model(hf_models.random_config(model_type, seed), seed)
@@ -103,7 +105,7 @@ def test_import_gives_back_every_option_that_matters(model_type, seed, tmp_path)
     torch.testing.assert_close(reread(tokens_BL), model(tokens_BL), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["mamba", "nemotron_h", "granitemoehybrid"])
 def test_import_reads_what_transformers_itself_saves(model_type, tmp_path):
     model = hf_models.random_model(hf_models.random_config(model_type, 2), 2)
     (tmp_path / "ours").mkdir()
@@ -143,6 +145,7 @@ def with_(config=None, **changes):
     ("config", "architecture"),
     [
         (with_(pattern="3*mamba2"), "Mamba2ForCausalLM"),
+        (with_(pattern="3*mamba1"), "MambaForCausalLM"),
         (with_(pattern="mamba2", mamba2=dataclasses.replace(MAMBA2, num_heads=3)), "NemotronHForCausalLM"),
         (with_(pattern="mlp mamba2 attention", mlp=MLPConfig(activation="gelu")), "NemotronHForCausalLM"),
         (with_(attention=dataclasses.replace(ATTENTION, rope_fraction=1.0)), "GraniteMoeHybridForCausalLM"),
@@ -163,7 +166,7 @@ def test_the_stock_class_that_fits_is_chosen_and_loads(config, architecture, tmp
     torch.testing.assert_close(model(torch.arange(20)[None]), logits_BLV, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba2-130m", "mamba2-2.7b", "mamba2-hybrid-8b"])
+@pytest.mark.parametrize("name", ["mamba-130m", "mamba-2.8b", "mamba2-130m", "mamba2-2.7b", "mamba2-hybrid-8b"])
 def test_published_sizes_have_the_tensors_of_their_stock_class(name, tmp_path):
     config = PRESETS[name]
     stock = choose_stock_class(config)
@@ -183,6 +186,9 @@ def test_published_sizes_have_the_tensors_of_their_stock_class(name, tmp_path):
         ({"mamba2": dataclasses.replace(MAMBA2, skip="channel")}, 'skip="channel" .use "head"'),
         ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="none")}, 'gated_norm="none" .use "group"'),
         ({"mamba2": dataclasses.replace(MAMBA2, gated_norm="whole", num_groups=2)}, 'gated_norm="whole"'),
+        ({"pattern": "mamba1", "mamba1": Mamba1Config(inner_norms=True)}, "mamba1.inner_norms=true .use false"),
+        ({"pattern": "mamba1", "mamba1": Mamba1Config(expand=1.5)}, "mamba1.expand=1.5 .use a whole number"),
+        ({"pattern": "mamba1 mlp attention mlp"}, "mamba1 layers .leave them out"),
         ({"pattern": "2*mamba2 mlp attention mlp"}, "follow every mixer"),
         ({"mlp": MLPConfig(bias=True)}, "mlp.bias=true .use false.*or BambaForCausalLM lacks .*rope_fraction=0"),
     ],

@@ -15,7 +15,7 @@ from headrace.pretrain.hf.verify import load_stock_model
 pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
-MODEL_TYPES = ["mamba2", "nemotron_h", "bamba", "granitemoehybrid"]
+MODEL_TYPES = ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid"]
 CASES = [(model_type, seed) for model_type in MODEL_TYPES for seed in range(12)]
 
 
