@@ -157,6 +157,49 @@ def _selective_scan(B: int, L: int, width: int, N: int) -> Callable[[str, torch.
     return run
 
 
+def _expert_order(T: int, copies: int, X: int) -> Callable[[str, torch.dtype], None]:
+    """The order of tokens by expert."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.experts.fused import order_copies
+
+        order_copies(torch.randint(X, (T, copies), device=device), X)
+
+    return run
+
+
+def _expert_rows(T: int, copies: int, D: int) -> Callable[[str, torch.dtype], None]:
+    """Tokens to rows and back, a tenth of the rows nobody's."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.experts.fused import combine_rows, spread_rows, unpermute_backward
+
+        S = T * copies * 10 // 9
+        place = torch.randperm(S, device=device)[: T * copies].view(T, copies)
+        x, dout, weight = (random(device, kind, T, n) for kind, n in ((dtype, D), (dtype, D), (torch.float32, copies)))
+        rows = spread_rows(x, place, S)
+        combine_rows(rows, None, place)
+        combine_rows(rows, weight, place)
+        unpermute_backward(dout, rows, weight, place)
+
+    return run
+
+
+def _grouped_linear(S: int, X: int, O: int, F: int) -> Callable[[str, torch.dtype], None]:  # noqa: E741
+    """A map of every expert, each with as many rows, and its gradients."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.experts.fused import grouped_linear, grouped_weight_gradient
+
+        x, dy, weight = random(device, dtype, S, F), random(device, dtype, S, O), random(device, dtype, X, O, F)
+        ends = (torch.arange(1, X + 1, device=device) * (S // X)).int()
+        grouped_linear(x, weight, ends, False)
+        grouped_linear(dy, weight, ends, True)
+        grouped_weight_gradient(dy, x, ends)
+
+    return run
+
+
 def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Normal values."""
     return torch.randn(shape, device=device).to(dtype)
@@ -193,6 +236,12 @@ CASES = [
     KernelCase("gated_rms_norm 4x4096x16384", _norm(4, 4096, 16384, gate="after")),
     KernelCase("embedding 16384 tokens, 128256x4096", _embedding(16384, 128256, 4096)),
     KernelCase("embedding 65536 tokens, 256x768", _embedding(65536, 256, 768)),
+    KernelCase("expert_order 16384 tokens to 8 of 128", _expert_order(16384, 8, 128)),
+    KernelCase("expert_rows 16384x2048, 8 copies", _expert_rows(16384, 8, 2048)),
+    KernelCase("expert_rows 16384x4096, 2 copies", _expert_rows(16384, 2, 4096), short=False),
+    KernelCase("grouped_linear 131072 rows, 128x768x2048", _grouped_linear(131072, 128, 768, 2048)),
+    KernelCase("grouped_linear 4096 rows, 128x768x2048", _grouped_linear(4096, 128, 768, 2048)),
+    KernelCase("grouped_linear 8192 rows, 8x1000x500", _grouped_linear(8192, 8, 1000, 500), short=False),
     KernelCase("add_rms_norm 4x4096x2048", _add_norm(4, 4096, 2048)),
     KernelCase("add_rms_norm 4x4096x8192", _add_norm(4, 4096, 8192)),
     KernelCase("causal_conv1d 4x4096x6144 K4", _conv1d(4, 4096, 6144, 4)),

@@ -77,6 +77,8 @@ TYPES = {
     "torch.float32": "fp32",
     "torch.float64": "fp64",
     "torch.int64": "i64",
+    "torch.int16": "i16",
+    "torch.int8": "i8",
     "torch.int32": "i32",
     "torch.bool": "i1",
 }

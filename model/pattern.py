@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from ..errors import UserError
 
 MAX_LAYERS = 10_000
-MEGATRON_LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp"}
+MEGATRON_LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp", "E": "moe"}
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)\s*\*|(?P<word>[A-Za-z_]\w*)|(?P<open>\()|(?P<close>\)))")
 
 
@@ -55,17 +55,16 @@ def parse_pattern(pattern: str, kinds: Collection[str]) -> tuple[str, ...]:
 
 
 def from_megatron(letters: str) -> str:
-    """A pattern in words from Megatron-LM's letters: `M` mamba2, `*` attention, `-` mlp; runs are counted.
+    """A pattern in words from Megatron-LM's letters: `M` mamba2, `*` attention, `-` mlp, `E` moe; runs are counted.
 
     Raises:
-        UserError: for `E` (mixture of experts, not offered yet) and any other letter.
+        UserError: for any other letter.
     """
     words: list[list] = []
     for letter in letters:
-        if letter == "E":
-            raise UserError(f"pattern {letters!r}: E (mixture of experts) is not offered yet; use - for a dense MLP")
         if letter not in MEGATRON_LETTERS:
-            raise UserError(f"pattern {letters!r}: unknown letter {letter!r}; use M (mamba2), * (attention), - (mlp)")
+            known = ", ".join(f"{known} ({word})" for known, word in MEGATRON_LETTERS.items())
+            raise UserError(f"pattern {letters!r}: unknown letter {letter!r}; use {known}")
         word = MEGATRON_LETTERS[letter]
         if words and words[-1][0] == word:
             words[-1][1] += 1

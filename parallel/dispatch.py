@@ -21,6 +21,8 @@ from .comm import GatherTokens, ScatterTokens
 
 Meanwhile = Callable[[], Tensor | None]
 Dispatch = Callable[..., tuple[Tensor, Tensor | None]]
+# From experts of tokens, the number of experts of a rank and the ranks: see `plan_trip`.
+Plan = Callable[[Tensor, int, dist.ProcessGroup], tuple[Tensor, Tensor, "Trip"]]
 
 
 def dispatch_cut(
@@ -55,6 +57,7 @@ def dispatch_over_ranks(
     meanwhile: Meanwhile,
     *,
     group: dist.ProcessGroup,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor | None]:
     """The seam `dispatch` where rank r of `group` has the r-th share of the experts. Collective.
 
@@ -66,14 +69,14 @@ def dispatch_over_ranks(
     wanted_TR = torch.zeros(len(x_TD), ranks, dtype=torch.bool, device=x_TD.device)
     wanted_TR.scatter_(1, experts_Tk // own, True)
     place_TR, trip = plan_trip(wanted_TR, experts_Tk // own, group)
-    local_Sk = _numbers_for_ranks(experts_Tk, own, wanted_TR)
+    local_Sk = _numbers_for_ranks(experts_Tk, own, place_TR, trip.sent)
     tokens, weights, home = Flight(trip), Flight(trip), Flight(trip.back())
     sent_SD = StartTrip.apply(permute(x_TD, place_TR, trip.sent), tokens)
     sent_Sk = StartTrip.apply(permute(weights_Tk, place_TR, trip.sent), weights)
     arrived_Sk = _send(local_Sk, trip)
     done = meanwhile()
     weights_Sk, x_SD = FinishTrip.apply(sent_Sk, weights), FinishTrip.apply(sent_SD, tokens)
-    place_Sk, ends_X = expert_order(arrived_Sk, own)
+    place_Sk, ends_X = expert_order(arrived_Sk.long(), own)
     y_SD = unpermute(experts(permute(x_SD, place_Sk, trip.copies), ends_X), weights_Sk, place_Sk)
     back_SD = FinishTrip.apply(StartTrip.apply(y_SD, home), home)
     ones_TR = torch.ones(place_TR.shape, dtype=weights_Tk.dtype, device=x_TD.device)
@@ -106,11 +109,18 @@ class Trip:
         return Trip(self.arrivals, self.counts, self.copies, self.group)
 
 
-def plan_trip(wanted_TR: Tensor, rank_Tk: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Trip]:
-    """Rows sorted by rank, then token: the row of each token for each rank (-1: none), and the counts. Collective.
+def plan_trip(experts_Tk: Tensor, own: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Trip]:
+    """What leaves for ranks that have `own` experts each: one row for each rank that a token needs. Collective.
 
     One small all-to-all and one wait of the host.
+
+    Returns:
+        Rows sorted by rank, then token: the row of each token for each rank `(T, R)`, -1 for none; of each row, its
+        experts as the receiver numbers them `(S, k)`, -1 for those of other ranks; and the counts.
     """
+    rank_Tk = experts_Tk // own
+    wanted_TR = torch.zeros(len(experts_Tk), dist.get_world_size(group), dtype=torch.bool, device=experts_Tk.device)
+    wanted_TR.scatter_(1, rank_Tk, True)
     by_rank_RT = wanted_TR.t().flatten()
     row_RT = torch.where(by_rank_RT, by_rank_RT.cumsum(0) - 1, -1)
     place_TR = row_RT.view(wanted_TR.shape[::-1]).t().contiguous()
@@ -121,11 +131,11 @@ def plan_trip(wanted_TR: Tensor, rank_Tk: Tensor, group: dist.ProcessGroup) -> t
     dist.all_to_all_single(coming_R2, leaving_R2, group=group)
     leaving, coming = torch.stack([leaving_R2, coming_R2]).tolist()
     counts, arrivals = ([rows for rows, _ in pairs] for pairs in (leaving, coming))
-    return place_TR, Trip(counts, arrivals, sum(copies for _, copies in coming), group)
+    trip = Trip(counts, arrivals, sum(copies for _, copies in coming), group)
+    return place_TR, _numbers_for_ranks(experts_Tk, own, wanted_TR), trip
 
 
 def _numbers_for_ranks(experts_Tk: Tensor, own: int, wanted_TR: Tensor) -> Tensor:
-    """For each row that leaves, its experts as the receiver numbers them, -1 for those of other ranks: `(S, k)`."""
     rank_S, token_S = wanted_TR.t().nonzero(as_tuple=True)
     experts_Sk = experts_Tk[token_S]
     return torch.where(experts_Sk // own == rank_S[:, None], experts_Sk % own, -1)

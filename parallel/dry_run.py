@@ -5,17 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from math import comb
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..model.ffns.moe import MoEConfig
 from .config import ParallelConfig
+from .dispatch import Trip
 from .mesh import Mesh, World, build_mesh
 from .traffic import Sent
 
@@ -80,3 +84,33 @@ def passes_of_step(sent: list[Sent], num_micro_batches: int) -> Counter[Sent]:
     for entry, times in first.items():
         total[entry] += times * (num_micro_batches - 2)
     return total
+
+
+def plan_even_trip(
+    experts_Tk: Tensor, own: int, group: dist.ProcessGroup, *, config: MoEConfig
+) -> tuple[Tensor, Tensor, Trip]:
+    """As `dispatch.plan_trip` where tokens choose at random, all experts alike, and all ranks have as many. Collective.
+
+    Fake tensors hold no decisions; each rank is sent as many tokens as are then expected to need it.
+    """
+    (tokens, top_k), ranks, here = experts_Tk.shape, dist.get_world_size(group), dist.get_rank(group)
+    counts = [round(tokens * share_that_needs(config, range(rank * own, (rank + 1) * own))) for rank in range(ranks)]
+    told_R2 = experts_Tk.new_empty(ranks, 2)
+    dist.all_to_all_single(torch.empty_like(told_R2), told_R2, group=group)
+    trip = Trip(counts, [counts[here]] * ranks, tokens * top_k, group)
+    return experts_Tk.new_empty(tokens, ranks), experts_Tk.new_empty(trip.sent, top_k), trip
+
+
+def share_that_needs(config: MoEConfig, experts: range) -> float:
+    """Share of tokens that go to at least one of these experts, where all choices that a router can make are alike."""
+    in_group = config.num_experts // config.num_groups
+    # How many ways there are to choose groups, by their number and that of the experts in question in them.
+    ways = Counter({(0, 0): 1})
+    for group in range(config.num_groups):
+        there = sum(expert // in_group == group for expert in experts)
+        for (chosen, held), count in list(ways.items()):
+            ways[chosen + 1, held + there] += count
+    offered = in_group * config.top_groups
+    of_groups = {held: count for (chosen, held), count in ways.items() if chosen == config.top_groups}
+    spared = sum(count * comb(offered - held, config.top_k) for held, count in of_groups.items())
+    return 1 - spared / (sum(of_groups.values()) * comb(offered, config.top_k))

@@ -6,7 +6,6 @@ With tensor parallelism each expert's hidden channels are cut like a dense layer
 carved out of `tp` too: experts stay whole, and every rank dispatches its own share of the tokens.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..model.ffns.moe import MoE, MoEConfig
+from ..model.ffns.moe import MoE, MoEConfig, dispatch
 from ..model.ffns.routing import first_of_chunk, of_chunk
 from ..model.lm import HybridLM
 from ..model.sequence import SequenceContext
 from .comm import GatherTokens, token_share
 from .config import ParallelConfig
 from .context import SegmentedContext
-from .dispatch import dispatch_cut, dispatch_over_ranks
+from .dispatch import Dispatch, Plan, dispatch_cut, dispatch_over_ranks, plan_trip
 from .halo import halos
 from .mesh import Mesh
 from .tensor import LocalParameters, View
@@ -58,13 +57,15 @@ def shard_experts(model: HybridLM, mesh: Mesh) -> set[str]:
     return done
 
 
-def set_expert_seams(model: HybridLM, mesh: Mesh, config: ParallelConfig) -> None:
+def set_expert_seams(model: HybridLM, mesh: Mesh, config: ParallelConfig, plan: Plan = plan_trip) -> None:
     """Set what mixture-of-experts layers call where tokens or experts lie on several ranks, in place.
+
+    `plan` says what is sent over `ep`; a dry run, in which routers decide nothing, has one of its own.
 
     torch.compile leaves them alone, as it does other messages.
     """
     for _, moe in moe_layers(model):
-        moe.dispatch = torch.compiler.disable(_dispatch(moe, mesh))
+        moe.dispatch = torch.compiler.disable(_dispatch(mesh, plan))
         router = moe.router
         router.total = torch.compiler.disable(partial(_total, groups=_balance_groups(moe.config, mesh)))
         if mesh.size("tp") > 1:
@@ -74,10 +75,10 @@ def set_expert_seams(model: HybridLM, mesh: Mesh, config: ParallelConfig) -> Non
             router.of_chunk = torch.compiler.disable(partial(_of_chunk, group=group))
 
 
-def _dispatch(moe: MoE, mesh: Mesh) -> Callable[..., Any]:
-    inner = moe.dispatch
+def _dispatch(mesh: Mesh, plan: Plan) -> Dispatch:
+    inner: Dispatch = dispatch
     if mesh.size("ep") > 1:
-        inner = partial(dispatch_over_ranks, group=mesh.group("ep"))
+        inner = partial(dispatch_over_ranks, group=mesh.group("ep"), plan=plan)
     cut = mesh.size("tp") > 1 and (mesh.experts is None or "tp" in (mesh.experts.mesh_dim_names or ()))
     return partial(dispatch_cut, group=mesh.group("tp"), inner=inner) if cut else inner
 

@@ -199,9 +199,9 @@ class Traffic(TorchDispatchMode):
 
 
 def _axes_of_groups(mesh: Mesh) -> dict[str, list[str]]:
-    """The axes of each group that has more than one rank, of parameters before those of tokens."""
+    """The axes of each group that has more than one rank, of parameters before those of tokens, experts' last."""
     found: dict[str, list[str]] = {}
-    for part in (mesh.dense, mesh.tokens):
+    for part in (mesh.dense, mesh.tokens, *(() if mesh.experts is None else (mesh.experts,))):
         for axis in part.mesh_dim_names or ():
             names = found.setdefault(part.get_group(axis).group_name, [])
             # A group that is both fsdp and dp_shard moves parameters: rows are never sent.

@@ -9,6 +9,7 @@ import torch
 from headrace.data import DataConfig, Tokenizer
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
+from headrace.model.ffns.moe import MoEConfig
 from headrace.model.lm import HybridLM
 from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba1 import Mamba1Config
@@ -41,17 +42,6 @@ def random_mamba2(rng: random.Random, d_model: int, *, whole_expand: bool, upper
     )
 
 
-def random_mamba1(rng: random.Random) -> Mamba1Config:
-    return Mamba1Config(
-        expand=rng.choice([1, 2, 3]),
-        d_state=rng.choice([1, 4, 16]),
-        d_conv=rng.choice([2, 3, 4]),
-        dt_rank=rng.choice([None, 1, 5]),
-        conv_bias=rng.random() < 0.5,
-        bias=rng.random() < 0.5,
-    )
-
-
 def random_attention(rng: random.Random, d_model: int, rope_fractions: list[float], *, bias: bool) -> AttentionConfig:
     heads, ratio = rng.choice([(4, 1), (4, 2), (4, 4), (2, 2)])
     return AttentionConfig(
@@ -62,6 +52,77 @@ def random_attention(rng: random.Random, d_model: int, rope_fractions: list[floa
         rope_theta=rng.choice([10000.0, 500.0]),
         bias=bias and rng.random() < 0.5,
     )
+
+
+def random_mamba1(rng: random.Random, *, inner_norms: bool) -> Mamba1Config:
+    return Mamba1Config(
+        expand=rng.choice([1, 2]),
+        d_state=rng.choice([1, 3, 8]),
+        d_conv=rng.choice([2, 3, 4]),
+        dt_rank=rng.choice([None, 1, 3]),
+        conv_bias=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
+        inner_norms=inner_norms,
+    )
+
+
+def random_experts(rng: random.Random, model_type: str) -> MoEConfig:
+    """Experts that the stock class has; the options that only training knows are drawn too."""
+    experts, top_k = rng.choice([(4, 1), (6, 2), (8, 3)])
+    moe = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        d_hidden=12,
+        balance=rng.choice(["loss", "sinkhorn", "none"]),
+        jitter=rng.choice([0.0, 0.1]),
+        z_loss=rng.choice([0.0, 0.1]),
+    )
+    if model_type == "jamba":
+        return moe
+    moe = dataclasses.replace(moe, renormalize=True, d_shared=rng.choice([0, 20]))
+    if model_type == "granitemoehybrid":
+        return moe
+    groups = rng.choice([(1, 1), (2, 1), (2, 2)]) if top_k < 3 else (1, 1)
+    return dataclasses.replace(
+        moe,
+        score="sigmoid",
+        balance="bias",
+        renormalize=rng.random() < 0.5,
+        scale=rng.choice([1.0, 2.5]),
+        num_groups=groups[0],
+        top_groups=groups[1],
+    )
+
+
+def random_expert_model(model_type: str, seed: int) -> ModelConfig:
+    """As `random_config`, with at least one layer of experts."""
+    rng = random.Random(f"experts {model_type} {seed}")
+    config = random_config(model_type, seed)
+    moe = random_experts(rng, model_type)
+    if model_type == "granitemoehybrid":
+        return dataclasses.replace(config, pattern=config.pattern.replace("mlp", "moe"), moe=moe)
+    if model_type == "nemotron_h":
+        kinds = [*config.kinds, "moe", rng.choice(["mamba2", "moe", "attention"])]
+        rng.shuffle(kinds)
+        mlp = dataclasses.replace(config.mlp, bias=False)
+        moe = dataclasses.replace(moe, activation=mlp.activation)
+        return dataclasses.replace(config, pattern=" ".join(kinds), mlp=mlp, moe=moe)
+    return dataclasses.replace(config, pattern=rng.choice(JAMBA_PATTERNS), moe=moe)
+
+
+JAMBA_PATTERNS = [
+    "mamba1 moe",
+    "mamba1 mlp mamba1 moe",
+    "2*(mamba1 mlp attention moe)",
+    "mamba1 moe attention mlp mamba1 mlp mamba1 moe attention mlp",
+    "attention moe mamba1 moe",
+]
+
+
+def config_of(case: str, seed: int) -> ModelConfig:
+    """A random model of a model type, or with experts where `case` says so: "nemotron_h moe"."""
+    model_type, _, experts = case.partition(" ")
+    return random_expert_model(model_type, seed) if experts else random_config(model_type, seed)
 
 
 def random_config(model_type: str, seed: int) -> ModelConfig:
@@ -79,7 +140,8 @@ def random_config(model_type: str, seed: int) -> ModelConfig:
         mamba = random_mamba2(rng, d_model, whole_expand=True, upper_limit=True)
         return ModelConfig(**common, pattern=f"{rng.randint(1, 4)}*mamba2", mamba2=mamba)
     if model_type == "mamba":
-        return ModelConfig(**common, pattern=f"{rng.randint(1, 4)}*mamba1", mamba1=random_mamba1(rng))
+        mamba1 = random_mamba1(rng, inner_norms=False)
+        return ModelConfig(**common, pattern=f"{rng.randint(1, 4)}*mamba1", mamba1=mamba1)
     if model_type == "nemotron_h":
         kinds = [rng.choice(["mamba2", "attention", "mlp"]) for _ in range(rng.randint(1, 5))]
         return ModelConfig(
@@ -89,6 +151,11 @@ def random_config(model_type: str, seed: int) -> ModelConfig:
             attention=random_attention(rng, d_model, [0.0], bias=False),
             mlp=MLPConfig(d_hidden=20, activation=rng.choice(["relu2", "gelu"]), bias=rng.random() < 0.5),
         )
+    if model_type == "jamba":
+        attention = dataclasses.replace(random_attention(rng, d_model, [0.0], bias=False), head_dim=None)
+        mamba1, mlp = random_mamba1(rng, inner_norms=True), MLPConfig(d_hidden=12, activation="swiglu")
+        pattern = rng.choice(["2*(mamba1 mlp)", "mamba1 mlp attention mlp mamba1 mlp"])
+        return ModelConfig(**common, pattern=pattern, mamba1=mamba1, attention=attention, mlp=mlp)
     mixers = [rng.choice(["mamba2", "mamba2", "attention"]) for _ in range(rng.randint(1, 3))]
     granite = model_type == "granitemoehybrid"
     attention = random_attention(rng, d_model, [0.0, 1.0] if granite else [0.5, 1.0], bias=True)
@@ -114,8 +181,8 @@ def random_model(config: ModelConfig, seed: int) -> HybridLM:
     return model.eval()
 
 
-def stock_of(model_type: str):
-    return next(stock for stock in STOCK_CLASSES if stock.model_type == model_type)
+def stock_of(case: str):
+    return next(stock for stock in STOCK_CLASSES if stock.model_type == case.partition(" ")[0])
 
 
 def write_folder(model: HybridLM, stock, folder: Path, **options) -> None:

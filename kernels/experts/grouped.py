@@ -10,6 +10,8 @@ from ..dispatch import choose_backend
 from .reference import grouped_linear_reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The kernels number rows and tiles in 32 bits; what is reached from them is not.
+MAX_FUSED_ROWS = 1 << 30
 
 
 def grouped_linear(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, *, backend: str = "auto") -> Tensor:
@@ -40,7 +42,8 @@ def grouped_linear(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, *, backend:
     if not x_SF.device == weight_XOF.device == ends_X.device:
         devices = f"{x_SF.device}, {weight_XOF.device}, {ends_X.device}"
         raise ValueError(f"x, weight and ends are on {devices}; give one device")
-    backend = choose_backend("grouped_linear", backend, x_SF, "not written yet")
+    obstacle = f"{len(x_SF)} rows are more than {MAX_FUSED_ROWS}" if len(x_SF) > MAX_FUSED_ROWS else None
+    backend = choose_backend("grouped_linear", backend, x_SF, obstacle)
     if backend == "reference":
         return grouped_linear_reference(x_SF, weight_XOF, ends_X)
     return _grouped(x_SF, weight_XOF, ends_X, False, backend == "triton")
@@ -54,6 +57,10 @@ def _refuse_shapes(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor) -> None:
 @torch.library.custom_op("headrace::grouped_linear", mutates_args=())
 def _grouped(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, transposed: bool, fused: bool) -> Tensor:
     """`transposed`: by the transposes of the matrices, from O columns to F, as the gradient of `x` needs it."""
+    if fused:
+        from . import fused as kernels
+
+        return kernels.grouped_linear(x_SF.contiguous(), weight_XOF.contiguous(), ends_X.contiguous(), transposed)
     weight_XFO = weight_XOF if transposed else weight_XOF.mT
     if _has_grouped_mm(x_SF, weight_XOF):
         y_SO = F.grouped_mm(x_SF.contiguous(), weight_XFO, offs=ends_X)
@@ -74,6 +81,10 @@ def _(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, transposed: bool, fused:
 
 @torch.library.custom_op("headrace::grouped_linear_weight_gradient", mutates_args=())
 def _weight_gradient(dy_SO: Tensor, x_SF: Tensor, ends_X: Tensor, fused: bool) -> Tensor:
+    if fused:
+        from . import fused as kernels
+
+        return kernels.grouped_weight_gradient(dy_SO.contiguous(), x_SF.contiguous(), ends_X.contiguous())
     if _has_grouped_mm(x_SF, dy_SO):
         dweight_XOF = F.grouped_mm(dy_SO.contiguous().mT, x_SF.contiguous(), offs=ends_X)
         empty_X = ends_X == torch.cat([ends_X.new_zeros(1), ends_X[:-1]])

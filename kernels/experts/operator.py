@@ -43,16 +43,20 @@ def expert_order(experts_Tk: Tensor, num_experts: int, *, backend: str = "auto")
     backend = choose_backend("expert_order", backend, experts_Tk.new_empty(0, dtype=torch.float32))
     if backend == "reference":
         return expert_order_reference(experts_Tk, num_experts)
-    return _expert_order(experts_Tk, num_experts)
+    return _expert_order(experts_Tk, num_experts, backend == "triton")
 
 
 @torch.library.custom_op("headrace::expert_order", mutates_args=())
-def _expert_order(experts_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _expert_order(experts_Tk: Tensor, num_experts: int, fused: bool) -> tuple[Tensor, Tensor]:
+    if fused:
+        from . import fused as kernels
+
+        return kernels.order_copies(experts_Tk, num_experts)
     return order_copies(experts_Tk, num_experts)
 
 
 @_expert_order.register_fake
-def _(experts_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _(experts_Tk: Tensor, num_experts: int, fused: bool) -> tuple[Tensor, Tensor]:
     return experts_Tk.new_empty(experts_Tk.shape), experts_Tk.new_empty(num_experts, dtype=torch.int32)
 
 
@@ -78,7 +82,7 @@ def permute(x_TD: Tensor, place_Tk: Tensor, num_rows: int, *, backend: str = "au
         raise ValueError(f"x has {len(x_TD)} tokens and place {len(place_Tk)}; give (T, D) and (T, k)")
     if num_rows < 0:
         raise ValueError(f"num_rows={num_rows} is negative")
-    backend = choose_backend("permute", backend, x_TD, "not written yet")
+    backend = choose_backend("permute", backend, x_TD)
     if backend == "reference":
         return permute_reference(x_TD, place_Tk, num_rows)
     return _permute(x_TD, place_Tk, num_rows, backend == "triton")
@@ -86,6 +90,10 @@ def permute(x_TD: Tensor, place_Tk: Tensor, num_rows: int, *, backend: str = "au
 
 @torch.library.custom_op("headrace::permute", mutates_args=())
 def _permute(x_TD: Tensor, place_Tk: Tensor, num_rows: int, fused: bool) -> Tensor:
+    if fused:
+        from . import fused as kernels
+
+        return kernels.spread_rows(x_TD.contiguous(), place_Tk.contiguous(), num_rows)
     return spread_rows(x_TD, None, place_Tk, num_rows)
 
 
@@ -96,6 +104,10 @@ def _(x_TD: Tensor, place_Tk: Tensor, num_rows: int, fused: bool) -> Tensor:
 
 @torch.library.custom_op("headrace::permute_backward", mutates_args=())
 def _permute_backward(dout_SD: Tensor, place_Tk: Tensor, fused: bool) -> Tensor:
+    if fused:
+        from . import fused as kernels
+
+        return kernels.combine_rows(dout_SD.contiguous(), None, place_Tk.contiguous())
     return combine_rows(dout_SD, None, place_Tk)
 
 
@@ -139,7 +151,7 @@ def unpermute(y_SD: Tensor, weight_Tk: Tensor, place_Tk: Tensor, *, backend: str
         raise ValueError(f"weight is {kinds[0]} and place is {kinds[1]}; give (T, k) twice, on one device")
     if weight_Tk.dtype != compute_dtype(y_SD):
         raise ValueError(f"weight is {weight_Tk.dtype} for rows in {y_SD.dtype}; give {compute_dtype(y_SD)}")
-    backend = choose_backend("unpermute", backend, y_SD, "not written yet")
+    backend = choose_backend("unpermute", backend, y_SD)
     if backend == "reference":
         return unpermute_reference(y_SD, weight_Tk, place_Tk)
     return _unpermute(y_SD, weight_Tk, place_Tk, backend == "triton")
@@ -147,6 +159,10 @@ def unpermute(y_SD: Tensor, weight_Tk: Tensor, place_Tk: Tensor, *, backend: str
 
 @torch.library.custom_op("headrace::unpermute", mutates_args=())
 def _unpermute(y_SD: Tensor, weight_Tk: Tensor, place_Tk: Tensor, fused: bool) -> Tensor:
+    if fused:
+        from . import fused as kernels
+
+        return kernels.combine_rows(y_SD.contiguous(), weight_Tk.contiguous(), place_Tk.contiguous())
     return combine_rows(y_SD, weight_Tk, place_Tk)
 
 
@@ -159,6 +175,11 @@ def _(y_SD: Tensor, weight_Tk: Tensor, place_Tk: Tensor, fused: bool) -> Tensor:
 def _unpermute_backward(
     dout_TD: Tensor, y_SD: Tensor, weight_Tk: Tensor, place_Tk: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor]:
+    if fused:
+        from . import fused as kernels
+
+        tensors = (dout_TD, y_SD, weight_Tk, place_Tk)
+        return kernels.unpermute_backward(*(t.contiguous() for t in tensors))
     dy_SD = spread_rows(dout_TD, weight_Tk, place_Tk, len(y_SD))
     return dy_SD, products_of_rows(dout_TD, y_SD, place_Tk)
 

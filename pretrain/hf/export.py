@@ -102,7 +102,7 @@ def write_model(
         ours = weights(list(dict.fromkeys(part for name in names for part in by_name[name].ours)))
         return {name: by_name[name].to_stock(ours) for name in names}
 
-    stock_shapes = {name: join.stock_shape(shapes) for name, join in by_name.items()}
+    stock_shapes = {name: join.shape for name, join in by_name.items()}
     return len(by_name), write_weights(folder, stock_shapes, tensors, shard_bytes)
 
 

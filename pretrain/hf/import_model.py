@@ -17,7 +17,7 @@ from .stock_folder import read_json, read_weights
 
 
 def import_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and float32 parameters of a Mamba, Mamba2, NemotronH, Bamba or dense GraniteMoeHybrid folder.
+    """Configuration and float32 parameters of a Mamba, Mamba2, NemotronH, Bamba, GraniteMoeHybrid or Jamba folder.
 
     The model computes what the stock class does, its quirks included: NemotronH clamps step sizes to `time_step_min`.
     Needs no transformers; reads safetensors only.
@@ -41,11 +41,11 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder}: tensors do not fit its config.json; missing {missing[:3]}, left over {extra[:3]}")
     if config.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors["lm_head.weight"], tensors[wanted[0].stock], folder)
-    weights: dict[str, Tensor] = {}
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     for join in wanted:
         if not join.copy:
-            weights |= join.from_stock(tensors[join.stock], shapes)
-    return config, {name: weights[name] for name in shapes}
+            join.from_stock(tensors[join.stock], weights)
+    return config, weights
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from ...errors import UserError
 from ...model.config import ModelConfig
 from .mapping import WeightNames
+from .stock_jamba import Jamba
 from .stock_mamba1 import Mamba
 from .stock_paired import Bamba, GraniteMoeHybrid
 from .stock_single import Mamba2, NemotronH
@@ -34,7 +35,7 @@ class StockClass(Protocol):
 
 
 # In order of preference: the first that fits is used.
-STOCK_CLASSES: tuple[StockClass, ...] = (Mamba2(), Mamba(), NemotronH(), GraniteMoeHybrid(), Bamba())
+STOCK_CLASSES: tuple[StockClass, ...] = (Mamba2(), Mamba(), NemotronH(), GraniteMoeHybrid(), Bamba(), Jamba())
 
 
 def choose_stock_class(config: ModelConfig) -> StockClass:

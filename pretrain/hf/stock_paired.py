@@ -1,4 +1,4 @@
-"""Stock classes whose layers are pairs, a mixer and a SwiGLU MLP: GraniteMoeHybridForCausalLM and BambaForCausalLM."""
+"""Stock classes whose layers pair a mixer with SwiGLU or experts: GraniteMoeHybridForCausalLM and BambaForCausalLM."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from ...model.config import ModelConfig
 from ...model.ffns.mlp import MLPConfig
+from ...model.ffns.moe import MoEConfig
 from ...model.mixers.attention import AttentionConfig
 from ...model.mixers.mamba2 import Mamba2Config
+from . import stock_experts as experts
 from . import stock_rules as rules
 from .mapping import BAMBA_NAMES, GRANITE_NAMES
 
@@ -16,12 +18,12 @@ from .mapping import BAMBA_NAMES, GRANITE_NAMES
 class _Paired:
     """What the two classes share: they differ in rotary positions, in the scale of attention and in biases."""
 
+    ffns: tuple[str, ...] = ("mlp",)
+
     def problems(self, config: ModelConfig) -> list[str]:
         """See StockClass.problems."""
-        problems = rules.kind_problems(config, ["mamba2", "attention", "mlp"])
-        mixers, ffns = config.kinds[::2], config.kinds[1::2]
-        if not problems and (len(mixers) != len(ffns) or set(ffns) != {"mlp"} or "mlp" in mixers):
-            problems.append(f'model.pattern="{config.pattern}" (follow every mixer with one mlp)')
+        problems = rules.kind_problems(config, ["mamba2", "attention", *self.ffns])
+        problems = problems or rules.pair_problems(config, self.ffns)
         if "mlp" in config.kinds and config.mlp.activation != "swiglu":
             problems.append(f'model.mlp.activation="{config.mlp.activation}" (use "swiglu")')
         return problems + rules.mamba2_problems(config) + rules.expand_problems(config)
@@ -58,14 +60,20 @@ class _Paired:
         }
 
     def _model_config(
-        self, fields: Mapping[str, Any], mixers: list[str], attention: AttentionConfig, mlp: MLPConfig, norm_eps: float
+        self,
+        fields: Mapping[str, Any],
+        mixers: list[str],
+        attention: AttentionConfig,
+        ffn: MLPConfig | MoEConfig,
+        norm_eps: float,
     ) -> ModelConfig:
+        kind = "mlp" if isinstance(ffn, MLPConfig) else "moe"
         width, heads = fields["hidden_size"], fields.get("mamba_n_heads", 128)
         head_dim = fields.get("mamba_d_head", "auto")
         return ModelConfig(
             vocab_size=fields["vocab_size"],
             d_model=width,
-            pattern=" ".join(f"{mixer} mlp" for mixer in mixers),
+            pattern=" ".join(f"{mixer} {kind}" for mixer in mixers),
             tie_embeddings=fields.get("tie_word_embeddings", False),
             norm_eps=fields.get("rms_norm_eps", norm_eps),
             mamba2=Mamba2Config(
@@ -80,13 +88,15 @@ class _Paired:
                 dt_limit=rules.dt_limit(*(fields.get("time_step_limit") or (0.0, float("inf")))),
             ),
             attention=attention,
-            mlp=mlp,
+            mlp=ffn if isinstance(ffn, MLPConfig) else MLPConfig(),
+            moe=ffn if isinstance(ffn, MoEConfig) else MoEConfig(),
         )
 
 
 class GraniteMoeHybrid(_Paired):
-    """`GraniteMoeHybridForCausalLM`, no experts: (mixer, SwiGLU) pairs, rotary positions on all channels or none."""
+    """`GraniteMoeHybridForCausalLM`: (mixer, SwiGLU or experts) pairs, rotary positions on all channels or none."""
 
+    ffns = ("mlp", "moe")
     model_type = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
     names = GRANITE_NAMES
@@ -98,6 +108,10 @@ class GraniteMoeHybrid(_Paired):
             problems.append(f"model.attention.rope_fraction={config.attention.rope_fraction} (use 0 or 1)")
         if "mlp" in config.kinds and config.mlp.bias:
             problems.append("model.mlp.bias=true (use false)")
+        if {"mlp", "moe"} <= set(config.kinds):
+            problems.append("mlp layers beside moe layers (make all of them one or the other)")
+        if "moe" in config.kinds:
+            problems += experts.softmax_problems(config, renormalize=True)
         return problems
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
@@ -108,10 +122,7 @@ class GraniteMoeHybrid(_Paired):
         return {
             **super().fields(config),
             "layer_types": ["mamba" if kind == "mamba2" else kind for kind in config.kinds[::2]],
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": config.mlp.hidden(config.d_model),
-            "intermediate_size": config.mlp.hidden(config.d_model),
+            **_granite_ffn(config),
             "attention_multiplier": attention.width(config.d_model) ** -0.5 if scale is None else scale,
             "embedding_multiplier": 1.0,
             "logits_scaling": 1.0,
@@ -122,9 +133,8 @@ class GraniteMoeHybrid(_Paired):
     def model_config(self, fields: Mapping[str, Any]) -> ModelConfig:
         """See StockClass.model_config."""
         once = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
-        # Left out, the number of experts is 8.
         fields = {"num_local_experts": 8, "vocab_size": 32000, "hidden_size": 4096, **fields}
-        rules.expect(fields, {"hidden_act": "silu", "num_local_experts": 0, **once})
+        rules.expect(fields, {"hidden_act": "silu", **once})
         layers = fields.get("layer_types") or fields.get("layers_block_type")
         layers = layers or ["mamba"] * fields.get("num_hidden_layers", 32)
         heads = fields.get("num_attention_heads", 32)
@@ -137,9 +147,32 @@ class GraniteMoeHybrid(_Paired):
             bias=fields.get("attention_bias", False),
             softmax_scale=fields.get("attention_multiplier", 1.0),
         )
-        mlp = MLPConfig(d_hidden=fields.get("shared_intermediate_size", 1024), activation="swiglu")
+        shared = fields.get("shared_intermediate_size", 1024)
+        ffn: MLPConfig | MoEConfig = MLPConfig(d_hidden=shared, activation="swiglu")
+        if fields["num_local_experts"]:
+            ffn = MoEConfig(
+                num_experts=fields["num_local_experts"],
+                top_k=fields.get("num_experts_per_tok", 2),
+                d_hidden=fields.get("intermediate_size", 11008),
+                d_shared=shared,
+                renormalize=True,
+            )
         mixers = ["mamba2" if layer in ("mamba", "linear_attention") else "attention" for layer in layers]
-        return self._model_config(fields, mixers, attention, mlp, 1e-6)
+        return self._model_config(fields, mixers, attention, ffn, 1e-6)
+
+
+def _granite_ffn(config: ModelConfig) -> dict[str, int]:
+    """A dense model is one without experts, whose shared expert is the layer."""
+    if "moe" not in config.kinds:
+        hidden = config.mlp.hidden(config.d_model)
+        sizes = {"num_local_experts": 0, "num_experts_per_tok": 0}
+        return {**sizes, "shared_intermediate_size": hidden, "intermediate_size": hidden}
+    return {
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "shared_intermediate_size": config.moe.d_shared,
+        "intermediate_size": config.moe.hidden(config.d_model),
+    }
 
 
 class Bamba(_Paired):

@@ -20,6 +20,14 @@ def kind_problems(config: ModelConfig, known: Collection[str]) -> list[str]:
     ]
 
 
+def pair_problems(config: ModelConfig, ffns: Collection[str]) -> list[str]:
+    """Classes whose layers are a mixer and a feed-forward of kind `ffns`."""
+    mixers, followers = config.kinds[::2], config.kinds[1::2]
+    if len(mixers) == len(followers) and set(followers) <= set(ffns) and not set(mixers) & set(ffns):
+        return []
+    return [f'model.pattern="{config.pattern}" (follow every mixer with one {" or ".join(ffns)})']
+
+
 def mamba2_problems(config: ModelConfig) -> list[str]:
     """Options of Mamba-2 that no stock class has; nothing when the model has no such layer."""
     if "mamba2" not in config.kinds:

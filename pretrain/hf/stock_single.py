@@ -8,9 +8,11 @@ from typing import Any
 from ...errors import UserError
 from ...model.config import ModelConfig
 from ...model.ffns.mlp import MLPConfig
+from ...model.ffns.moe import MoEConfig
 from ...model.mixers.attention import AttentionConfig
 from ...model.mixers.mamba2 import Mamba2Config
 from ...model.pattern import MEGATRON_LETTERS
+from . import stock_experts as experts
 from . import stock_rules as rules
 from .mapping import MAMBA2_NAMES, NEMOTRON_H_NAMES
 
@@ -81,11 +83,12 @@ _KINDS = {  # Hugging Face has renamed its layer types; all spellings are out th
     "attention": "attention",
     "full_attention": "attention",
     "mlp": "mlp",
+    "moe": "moe",
 }
 
 
 class NemotronH:
-    """`NemotronHForCausalLM`: Mamba-2, attention without positions and non-gated MLPs, in any order."""
+    """`NemotronHForCausalLM`: Mamba-2, attention without positions, non-gated MLPs and experts, in any order."""
 
     model_type = "nemotron_h"
     architecture = "NemotronHForCausalLM"
@@ -103,7 +106,7 @@ class NemotronH:
             problems.append("model.attention.bias=true (use false)")
         if "mlp" in config.kinds and config.mlp.activation == "swiglu":
             problems.append('model.mlp.activation="swiglu" (use "relu2" or "gelu", or follow every mixer with an mlp)')
-        return problems
+        return problems + experts.nemotron_problems(config)
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
         """See StockClass.fields."""
@@ -130,6 +133,7 @@ class NemotronH:
             "intermediate_size": config.mlp.hidden(config.d_model),
             "mlp_hidden_act": config.mlp.activation if config.mlp.activation != "swiglu" else "relu2",
             "mlp_bias": config.mlp.bias,
+            **experts.nemotron_fields(config),
             "layer_norm_epsilon": config.norm_eps,
             "residual_in_fp32": config.residual_in_fp32,
             # Without attention the class cannot build its cache.
@@ -140,10 +144,11 @@ class NemotronH:
         """See StockClass.model_config."""
         rules.expect(fields, {"mamba_hidden_act": "silu", "sliding_window": None, "num_nextn_predict_layers": 0})
         heads = fields.get("num_attention_heads", 32)
+        kinds = _nemotron_kinds(fields)
         return ModelConfig(
             vocab_size=fields.get("vocab_size", 131072),
             d_model=fields.get("hidden_size", 4096),
-            pattern=rules.counted(_nemotron_kinds(fields)),
+            pattern=rules.counted(kinds),
             tie_embeddings=fields.get("tie_word_embeddings", False),
             norm_eps=fields.get("layer_norm_epsilon", 1e-5),
             residual_in_fp32=fields.get("residual_in_fp32", False),
@@ -168,6 +173,7 @@ class NemotronH:
                 activation=fields.get("mlp_hidden_act", "relu2"),
                 bias=fields.get("mlp_bias", False),
             ),
+            moe=experts.nemotron_config(fields) if "moe" in kinds else MoEConfig(),
         )
 
 

@@ -181,7 +181,7 @@ def test_pass_opcheck() -> None:
     place_Tk, ends_X = expert_order(experts_Tk, 5)
     y = normal(43, 8).float().requires_grad_()
     for operator, arguments in (
-        ("expert_order", (experts_Tk, 5)),
+        ("expert_order", (experts_Tk, 5, False)),
         ("permute", (x, place_Tk, 43, False)),
         ("unpermute", (y, weight_Tk, place_Tk, False)),
         ("grouped_linear", (y, weight_XOD, ends_X, False, False)),

@@ -5,12 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from headrace.model.config import ModelConfig
-from headrace.model.ffns.moe import MoEConfig
+from headrace.model.ffns.moe import Experts, MoEConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.model.sequence import SequenceContext
 from headrace.parallel.config import ParallelConfig
+from headrace.parallel.dispatch import dispatch_over_ranks
+from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.recompute import Recompute
+from headrace.parallel.traffic import Traffic
 from spread import Case, Rows, largest_errors, one_process
 
 ROWS = Rows(4, 29, (0, 3, 7, 8, 9, 14, 15, 16, 21, 27))
@@ -105,3 +111,64 @@ def test_recomputation_changes_nothing(gloo: Callable, recompute: Recompute) -> 
     step = one_process(case.model, ROWS)
     for errors in gloo(2, largest_errors, [case], [step]):
         assert max(errors[0].values()) <= 1e-9
+
+
+WIDTH, TOKENS = 16, 24
+
+
+def dispatched(scatter: bool) -> tuple[list[int], list[int]]:
+    """Bytes of the all-to-alls of one layer, forward and backward, and what they must be. Collective over 4 ranks."""
+    mesh = build_mesh(ParallelConfig(dp_shard=4, ep=4), World(dist.get_rank(), 4, torch.device("cpu")))
+    group, rank = mesh.group("ep"), mesh.rank("ep")
+    config = MoEConfig(num_experts=12, top_k=3, d_hidden=8)
+    experts = Experts(config, WIDTH)
+    for name, parameter in list(experts.named_parameters()):
+        own = torch.randn(3, *parameter.shape[1:], generator=torch.Generator().manual_seed(rank))
+        experts.register_parameter(name, torch.nn.Parameter(own))
+    generator = torch.Generator().manual_seed(10 + rank)
+    x_TD = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
+    weights_Tk = torch.rand(TOKENS, 3, generator=generator).requires_grad_()
+    experts_Tk = torch.rand(TOKENS, 12, generator=generator).topk(3).indices
+    if not scatter:  # all choices of a token on one rank
+        experts_Tk = experts_Tk[:, :1] // 3 * 3 + torch.arange(3)
+    with Traffic(mesh) as traffic:
+        seq = SequenceContext()
+        out_TD, _ = dispatch_over_ranks(experts, x_TD, experts_Tk, weights_Tk, seq, lambda: None, group=group)
+        out_TD.square().sum().backward()
+    away = sum(len({int(e) // 3 for e in token} - {rank}) for token in experts_Tk)
+    back = torch.zeros(4, dtype=torch.int64)
+    for token in experts_Tk:
+        for other in {int(e) // 3 for e in token} - {rank}:
+            back[other] += 1
+    dist.all_reduce(back, group=group)  # rows that come here, and go home
+    vectors, home = away * WIDTH * 4, int(back[rank]) * WIDTH * 4
+    counts = 3 * 2 * 8
+    forward = [counts, vectors, away * 3 * 4, away * 3 * 4, home]
+    return [s.sent for s in traffic.sent if s.kind == "all_to_all"], [*forward, vectors, home, int(back[rank]) * 3 * 4]
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_a_token_goes_once_to_each_rank_that_wants_it(gloo: Callable, scatter: bool) -> None:
+    for sent, expected in gloo(4, dispatched, scatter):
+        assert sorted(sent) == sorted(expected)
+
+
+def lonely(tokens: int) -> tuple[torch.Tensor, list[bool]]:
+    """Fewer tokens than ranks, and all of them to one expert; a bystander's expert gets a gradient of zeros."""
+    group = build_mesh(ParallelConfig(dp_shard=4, ep=4), World(dist.get_rank(), 4, torch.device("cpu"))).group("ep")
+    experts = Experts(MoEConfig(num_experts=4, top_k=1, d_hidden=8), WIDTH)
+    for name, parameter in list(experts.named_parameters()):
+        experts.register_parameter(name, torch.nn.Parameter(torch.ones(1, *parameter.shape[1:])))
+    x_TD = torch.ones(tokens, WIDTH).requires_grad_()
+    choice = torch.full((tokens, 1), 2), torch.ones(tokens, 1)
+    out_TD, _ = dispatch_over_ranks(experts, x_TD, *choice, SequenceContext(), lambda: None, group=group)
+    out_TD.sum().backward()
+    return out_TD.detach(), [bool(p.grad.any()) for p in experts.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_few_tokens_all_to_one_expert(gloo: Callable, tokens: int) -> None:
+    for rank, (out, moved) in enumerate(gloo(4, lonely, tokens)):
+        assert out.shape == (tokens, WIDTH)
+        assert bool(out.any()) is (tokens > 0)
+        assert moved == [rank == 2 and tokens > 0] * 3

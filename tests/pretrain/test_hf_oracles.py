@@ -13,15 +13,17 @@ from headrace.pretrain.hf.mapping import joins
 from headrace.pretrain.hf.verify import load_stock_model
 
 pytest.importorskip("transformers")
+from transformers.core_model_loading import revert_weight_conversion
 
 TOLERANCE = 1e-4
-MODEL_TYPES = ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid"]
+MODEL_TYPES = ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid", "jamba"]
+MODEL_TYPES += ["nemotron_h moe", "granitemoehybrid moe", "jamba moe"]
 CASES = [(model_type, seed) for model_type in MODEL_TYPES for seed in range(12)]
 
 
 def build(model_type, seed, folder):
     """The same random model as ours and as the stock class."""
-    model = hf_models.random_model(hf_models.random_config(model_type, seed), seed)
+    model = hf_models.random_model(hf_models.config_of(model_type, seed), seed)
     stock = hf_models.stock_of(model_type)
     assert stock.problems(model.config) == []
     hf_models.write_folder(model, stock, folder)
@@ -29,25 +31,28 @@ def build(model_type, seed, folder):
 
 
 def stock_gradients(model, stock_model, model_type):
-    """The stock model's gradients under our parameters' names."""
+    """The stock model's gradients under our parameters' names, by way of the names it saves."""
     names = hf_models.stock_of(model_type).names
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    grads = {
-        published_name(name, names): p.grad if p.grad is not None else torch.zeros_like(p)
-        for name, p in stock_model.named_parameters()
+    internal = {
+        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in stock_model.named_parameters()
     }
-    ours = {}
+    saved = revert_weight_conversion(stock_model, internal)
+    grads = {published_name(name, names): grad for name, grad in saved.items()}
+    ours = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for join in joins(names, model.config, shapes):
         if join.copy:  # The stock class cannot tie: our one gradient is the sum of its two.
             ours["embed.weight"] += grads[join.stock]
-        else:
-            ours |= join.from_stock(grads[join.stock], shapes)
+        elif join.ours and model.get_parameter(join.ours[0]).requires_grad:
+            join.from_stock(grads[join.stock], ours)
     return ours
 
 
 def check_gradients(model, stock_model, model_type):
     theirs = stock_gradients(model, stock_model, model_type)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         scale = max(1.0, float(theirs[name].abs().max()))
         difference = float((parameter.grad - theirs[name]).abs().max()) / scale
         assert difference < TOLERANCE, f"gradient of {name}: {difference:.2e} of {scale:.2e}"
