@@ -142,7 +142,8 @@ class EnteringStates(torch.autograd.Function):
     def forward(ctx: Any, exchange: StateExchange | RememberedExchange, *summaries: Tensor) -> tuple[Tensor, ...]:
         """The exchange in order of the sequence."""
         half = len(summaries) // 2
-        M, S = list(summaries[:half]), list(summaries[half:])
+        # A state may arrive as it was given: one that is remembered must not hold on to what it was computed from.
+        M, S = ([each.detach() for each in part] for part in (summaries[:half], summaries[half:]))
         arrived = exchange.start(M, S).wait()
         entering = [
             torch.zeros_like(s) if state is None else state.clone() for s, state in zip(S, arrived, strict=True)
