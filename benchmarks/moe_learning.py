@@ -2,8 +2,8 @@
 
 `python benchmarks/moe_learning.py` needs the corpus of `make train` (`headrace prepare`); runs that are there are not
 run again. Both models alternate a recurrence and a feed-forward layer; in one, each of the latter is a Switch layer of
-eight such networks, one for each token. Same data, steps, optimizer and hyperparameters. Prints held-out losses and
-the step at which the mixture reaches the dense model's last one (linear between evaluations); draws docs/images/moe.png.
+eight such networks, one for each token. Same data, steps, optimizer and hyperparameters. Prints held-out losses
+and the step at which the mixture is down to the dense model's last (linear in between), and draws docs/images/moe.png.
 MoE-Mamba (arXiv:2401.04081) reports 2.2 to 2.35 times fewer steps at 25M to 100M active parameters.
 """
 
