@@ -40,7 +40,9 @@ EXPERTS = (
     'model.moe.score="sigmoid"',
     'model.moe.balance="bias"',
     "model.moe.bias_rate=0.01",
-    "log.every_steps=1",
+    "eval.every_steps=4",
+    "eval.window=32",
+    "eval.max_tokens=300",
 )
 BASE = ("model.attention.num_heads=4", "train.batch_rows=6", "train.micro_batch_rows=1", "checkpoint.every_steps=3")
 
@@ -125,6 +127,8 @@ def test_experts_go_on_under_any_layout(gloo: Callable, tmp_path: Path, data: Pa
         gloo(ranks, run_until, other, 5, timeout_s=120)
         assert losses(other)[4] == pytest.approx(losses(config)[4], rel=2e-6), layout
         assert records(other, "routing", "load")[4] == loads[4], layout
+        mine, theirs = (records(run, "eval", "bits_per_byte")[4] for run in (other, config))
+        assert mine == pytest.approx(theirs, rel=2e-6), layout
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
