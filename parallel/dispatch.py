@@ -21,8 +21,72 @@ from .comm import GatherTokens, ScatterTokens
 
 Meanwhile = Callable[[], Tensor | None]
 Dispatch = Callable[..., tuple[Tensor, Tensor | None]]
-# From experts of tokens, the number of experts of a rank and the ranks: see `plan_trip`.
-Plan = Callable[[Tensor, int, dist.ProcessGroup], tuple[Tensor, Tensor, "Trip"]]
+
+
+@dataclass(frozen=True)
+class Trip:
+    """How many rows go to and come from each rank of a group.
+
+    Args:
+        counts: rows for each rank.
+        arrivals: rows from each rank.
+        copies: of the rows that come, how many an expert here gets, those wanted by several counted for each.
+        group: the ranks.
+    """
+
+    counts: list[int]
+    arrivals: list[int]
+    copies: int
+    group: dist.ProcessGroup
+
+    @property
+    def sent(self) -> int:
+        """Rows that leave."""
+        return sum(self.counts)
+
+    def back(self) -> "Trip":
+        """The way home."""
+        return Trip(self.arrivals, self.counts, self.copies, self.group)
+
+
+# From experts of tokens, the number of experts of a rank, and the ranks: what `plan_trip` returns.
+Plan = Callable[[Tensor, int, dist.ProcessGroup], tuple[Tensor, Trip]]
+
+
+def plan_trip(experts_Tk: Tensor, own: int, group: dist.ProcessGroup) -> tuple[Tensor, Trip]:
+    """What leaves for ranks that have `own` experts each: one row for each rank that a token needs. Collective.
+
+    Rows sorted by rank, then token: the row of each token for each rank `(T, R)`, -1 for none; and the counts. One
+    small all-to-all and one wait of the host.
+    """
+    rank_Tk = experts_Tk // own
+    wanted_TR = torch.zeros(len(experts_Tk), dist.get_world_size(group), dtype=torch.bool, device=experts_Tk.device)
+    wanted_TR.scatter_(1, rank_Tk, True)
+    by_rank_RT = wanted_TR.t().flatten()
+    row_RT = torch.where(by_rank_RT, by_rank_RT.cumsum(0) - 1, -1)
+    place_TR = row_RT.view(wanted_TR.shape[::-1]).t().contiguous()
+    here = torch.arange(wanted_TR.shape[1], device=wanted_TR.device)
+    copies_R = (rank_Tk.flatten() == here[:, None]).sum(1)
+    leaving_R2 = torch.stack([wanted_TR.sum(0), copies_R], 1)
+    coming_R2 = torch.empty_like(leaving_R2)
+    dist.all_to_all_single(coming_R2, leaving_R2, group=group)
+    leaving, coming = torch.stack([leaving_R2, coming_R2]).tolist()
+    counts, arrivals = ([rows for rows, _ in pairs] for pairs in (leaving, coming))
+    return place_TR, Trip(counts, arrivals, sum(copies for _, copies in coming), group)
+
+
+def _numbers_for_ranks(experts_Tk: Tensor, own: int, place_TR: Tensor, rows: int) -> Tensor:
+    """For each row that leaves, its experts as the receiver numbers them, -1 for those of other ranks: int32 `(S, k)`.
+
+    What has no row goes to one behind the last: how many rows there are is known, so the host need not wait again.
+    """
+    tokens, ranks = place_TR.shape
+    row_RT = place_TR.t().flatten()
+    source_S = row_RT.new_zeros(rows + 1)
+    source_S.scatter_(0, torch.where(row_RT < 0, rows, row_RT), torch.arange(ranks * tokens, device=row_RT.device))
+    rank_S, token_S = source_S[:rows] // max(1, tokens), source_S[:rows] % max(1, tokens)
+    experts_Sk = experts_Tk[token_S]
+    return torch.where(experts_Sk // own == rank_S[:, None], experts_Sk % own, -1).int()
 
 
 def dispatch_cut(
@@ -57,18 +121,15 @@ def dispatch_over_ranks(
     meanwhile: Meanwhile,
     *,
     group: dist.ProcessGroup,
-    plan: Plan,
+    plan: Plan = plan_trip,
 ) -> tuple[Tensor, Tensor | None]:
     """The seam `dispatch` where rank r of `group` has the r-th share of the experts. Collective.
 
     How many tokens each rank gets is not known beforehand: the host waits for these counts once a layer and direction
     of time, while nothing else is in flight. `meanwhile` runs while tokens travel.
     """
-    ranks = dist.get_world_size(group)
-    own = experts.num_experts // ranks
-    wanted_TR = torch.zeros(len(x_TD), ranks, dtype=torch.bool, device=x_TD.device)
-    wanted_TR.scatter_(1, experts_Tk // own, True)
-    place_TR, trip = plan_trip(wanted_TR, experts_Tk // own, group)
+    own = experts.num_experts // dist.get_world_size(group)
+    place_TR, trip = plan(experts_Tk, own, group)
     local_Sk = _numbers_for_ranks(experts_Tk, own, place_TR, trip.sent)
     tokens, weights, home = Flight(trip), Flight(trip), Flight(trip.back())
     sent_SD = StartTrip.apply(permute(x_TD, place_TR, trip.sent), tokens)
@@ -81,64 +142,6 @@ def dispatch_over_ranks(
     back_SD = FinishTrip.apply(StartTrip.apply(y_SD, home), home)
     ones_TR = torch.ones(place_TR.shape, dtype=weights_Tk.dtype, device=x_TD.device)
     return unpermute(back_SD, ones_TR, place_TR), done
-
-
-@dataclass(frozen=True)
-class Trip:
-    """How many rows go to and come from each rank of a group.
-
-    Args:
-        counts: rows for each rank.
-        arrivals: rows from each rank.
-        copies: of the rows that come, how many an expert here gets, those wanted by several counted for each.
-        group: the ranks.
-    """
-
-    counts: list[int]
-    arrivals: list[int]
-    copies: int
-    group: dist.ProcessGroup
-
-    @property
-    def sent(self) -> int:
-        """Rows that leave."""
-        return sum(self.counts)
-
-    def back(self) -> "Trip":
-        """The way home."""
-        return Trip(self.arrivals, self.counts, self.copies, self.group)
-
-
-def plan_trip(experts_Tk: Tensor, own: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Trip]:
-    """What leaves for ranks that have `own` experts each: one row for each rank that a token needs. Collective.
-
-    One small all-to-all and one wait of the host.
-
-    Returns:
-        Rows sorted by rank, then token: the row of each token for each rank `(T, R)`, -1 for none; of each row, its
-        experts as the receiver numbers them `(S, k)`, -1 for those of other ranks; and the counts.
-    """
-    rank_Tk = experts_Tk // own
-    wanted_TR = torch.zeros(len(experts_Tk), dist.get_world_size(group), dtype=torch.bool, device=experts_Tk.device)
-    wanted_TR.scatter_(1, rank_Tk, True)
-    by_rank_RT = wanted_TR.t().flatten()
-    row_RT = torch.where(by_rank_RT, by_rank_RT.cumsum(0) - 1, -1)
-    place_TR = row_RT.view(wanted_TR.shape[::-1]).t().contiguous()
-    here = torch.arange(wanted_TR.shape[1], device=wanted_TR.device)
-    copies_R = (rank_Tk.flatten() == here[:, None]).sum(1)
-    leaving_R2 = torch.stack([wanted_TR.sum(0), copies_R], 1)
-    coming_R2 = torch.empty_like(leaving_R2)
-    dist.all_to_all_single(coming_R2, leaving_R2, group=group)
-    leaving, coming = torch.stack([leaving_R2, coming_R2]).tolist()
-    counts, arrivals = ([rows for rows, _ in pairs] for pairs in (leaving, coming))
-    trip = Trip(counts, arrivals, sum(copies for _, copies in coming), group)
-    return place_TR, _numbers_for_ranks(experts_Tk, own, wanted_TR), trip
-
-
-def _numbers_for_ranks(experts_Tk: Tensor, own: int, wanted_TR: Tensor) -> Tensor:
-    rank_S, token_S = wanted_TR.t().nonzero(as_tuple=True)
-    experts_Sk = experts_Tk[token_S]
-    return torch.where(experts_Sk // own == rank_S[:, None], experts_Sk % own, -1)
 
 
 def _send(rows: Tensor, trip: Trip) -> Tensor:

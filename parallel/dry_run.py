@@ -86,9 +86,7 @@ def passes_of_step(sent: list[Sent], num_micro_batches: int) -> Counter[Sent]:
     return total
 
 
-def plan_even_trip(
-    experts_Tk: Tensor, own: int, group: dist.ProcessGroup, *, config: MoEConfig
-) -> tuple[Tensor, Tensor, Trip]:
+def plan_even_trip(experts_Tk: Tensor, own: int, group: dist.ProcessGroup, *, config: MoEConfig) -> tuple[Tensor, Trip]:
     """As `dispatch.plan_trip` where tokens choose at random, all experts alike, and all ranks have as many. Collective.
 
     Fake tensors hold no decisions; each rank is sent as many tokens as are then expected to need it.
@@ -97,8 +95,7 @@ def plan_even_trip(
     counts = [round(tokens * share_that_needs(config, range(rank * own, (rank + 1) * own))) for rank in range(ranks)]
     told_R2 = experts_Tk.new_empty(ranks, 2)
     dist.all_to_all_single(torch.empty_like(told_R2), told_R2, group=group)
-    trip = Trip(counts, [counts[here]] * ranks, tokens * top_k, group)
-    return experts_Tk.new_empty(tokens, ranks), experts_Tk.new_empty(trip.sent, top_k), trip
+    return experts_Tk.new_empty(tokens, ranks), Trip(counts, [counts[here]] * ranks, tokens * top_k, group)
 
 
 def share_that_needs(config: MoEConfig, experts: range) -> float:
