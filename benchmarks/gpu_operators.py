@@ -242,6 +242,58 @@ def _embedding(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everythi
     return Problem({"weight": weight}, call, ("y",), native=native, traffic=(2 * rows, rows + table))
 
 
+def _experts(device: str, T: int, copies: int, X: int) -> Tensor:
+    """Which experts tokens choose, some far more often than others; a few copies go nowhere."""
+    chosen = (X ** torch.rand(T, copies, device=device, dtype=torch.float64)).long().clamp_(max=X) - 1
+    return chosen.masked_fill(torch.rand(T, copies, device=device) < 0.02, -1)
+
+
+def _permute(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything: bool) -> Problem:
+    from headrace.kernels import expert_order, permute
+
+    T, copies, X, D = sizes
+    experts = _experts(device, T, copies, X)
+
+    def call(backend: str, x: Tensor) -> Outputs:
+        place, _ = expert_order(experts, X, backend=backend)
+        return (permute(x, place, T * copies, backend=backend),)
+
+    return Problem({"x": normal(device, dtype, T, D)}, call, ("rows",))
+
+
+def _unpermute(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything: bool) -> Problem:
+    from headrace.kernels import expert_order, unpermute
+
+    T, copies, X, D = sizes
+    place, _ = expert_order(_experts(device, T, copies, X), X, backend="torch")
+    tensors = {
+        "y": normal(device, dtype, T * copies, D),
+        "weight": normal(device, torch.float32, T, copies).softmax(-1),
+    }
+
+    def call(backend: str, y: Tensor, weight: Tensor) -> Outputs:
+        return (unpermute(y, weight, place, backend=backend),)
+
+    return Problem(tensors, call, ("out",))
+
+
+def _grouped_linear(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything: bool) -> Problem:
+    from headrace.kernels import expert_order, grouped_linear
+
+    S, X, O, F_ = sizes  # noqa: E741
+    _, ends = expert_order(_experts(device, S, 1, X), X, backend="torch")
+    tensors = {"x": normal(device, dtype, S, F_), "weight": normal(device, dtype, X, O, F_) / math.sqrt(F_)}
+
+    def call(backend: str, x: Tensor, weight: Tensor) -> Outputs:
+        return (grouped_linear(x, weight, ends, backend=backend),)
+
+    def native(x: Tensor, weight: Tensor) -> Outputs:
+        return (F.grouped_mm(x, weight.mT, offs=ends),)
+
+    # PyTorch's own takes gradients that lie as they are; it knows no other dtype, and leaves rows of nobody unwritten.
+    return Problem(tensors, call, ("y",), native=native if dtype == torch.bfloat16 else None, flops=6 * S * O * F_)
+
+
 SSD = Operator(
     "ssd_scan",
     _ssd,
@@ -298,6 +350,15 @@ OPERATORS = [
         dry=(8, 16, 100),
         exact=(512, 512, 8192),
         timed=((16384, 2048, 50280),),
+    ),
+    Operator("permute", _permute, dry=(12, 2, 3, 16), exact=(512, 4, 16, 512), timed=((16384, 8, 128, 2048),)),
+    Operator("unpermute", _unpermute, dry=(12, 2, 3, 16), exact=(512, 4, 16, 512), timed=((16384, 8, 128, 2048),)),
+    Operator(
+        "grouped_linear",
+        _grouped_linear,
+        dry=(12, 3, 16, 16),
+        exact=(1024, 8, 512, 256),
+        timed=((131072, 128, 768, 2048), (4096, 128, 768, 2048)),
     ),
     Operator("embedding", _embedding, dry=(24, 16, 16), exact=(4096, 1024, 512), timed=((16384, 50280, 2048),)),
 ]

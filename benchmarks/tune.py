@@ -94,6 +94,14 @@ FAMILIES = {
     "embedding_backward": Family(
         lambda _: [("embedding", (16384, 50280, 2048)), ("embedding", (65536, 256, 768))], "backward"
     ),
+    "expert_order": Family(lambda _: [("permute", (16384, 8, 128, 256))], "forward"),
+    "expert_clear": Family(lambda _: [("permute", (16384, 8, 128, 2048))], "forward"),
+    "expert_rows": Family(lambda _: [(name, (16384, 8, 128, 2048)) for name in ("permute", "unpermute")]),
+    "grouped_linear": Family(lambda _: [("grouped_linear", (131072, 128, 768, 2048))], "forward"),
+    "grouped_linear.few": Family(lambda _: [("grouped_linear", (4096, 128, 768, 2048))], "forward"),
+    "grouped_linear.small": Family(lambda _: [("grouped_linear", (32768, 32, 768, 1024))], "forward", "fp32"),
+    "grouped_weight_gradient": Family(lambda _: [("grouped_linear", (131072, 128, 768, 2048))], "backward"),
+    "grouped_weight_gradient.small": Family(lambda _: [("grouped_linear", (32768, 32, 768, 1024))], "backward", "fp32"),
     "selective_scan_forward": Family(_selective_scan, "forward"),
     "selective_scan_backward": Family(_selective_scan, "backward"),
     "selective_scan_compose": Family(_segments),

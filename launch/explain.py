@@ -2,19 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from textwrap import wrap
 
 from ..parallel.traffic import Sent
 from ..pretrain.explain import Explanation, Held
 
-# Of a parameter: name, whole shape, placement, local shape, bytes; of what is sent: see `_traffic_lines`.
-PARAMETER_ROW = "  {:<27} {:>15}  {:<44} {:>13} {:>13}"
+WIDTH = 120
+# Of what is sent: see `_traffic_lines`.
 TRAFFIC_ROW = "  {:<41} {:<12} {:<14} {:>7} {:>13} {:>8} {:>13}"
 
 Row = tuple[str, ...]
 
 
 def format_explanation(found: Explanation) -> str:
-    """The page, of lines of at most 120 characters, for one rank."""
+    """The page, of lines of at most `WIDTH` characters, for one rank."""
     groups = _alike(found)
     blocks = [*_layout_lines(found), "", *_parameter_lines(found, groups), "", *_traffic_lines(found, groups)]
     return "\n".join(line.rstrip() for line in blocks)
@@ -38,7 +39,17 @@ def _layout_lines(found: Explanation) -> list[str]:
             f"  cp: {parallel.cp_layout} layout, states travel by {parallel.cp_exchange}, attention by "
             f"{parallel.cp_attention}"
         )
+    if found.experts:
+        lines.append(_expert_line(found))
     return lines
+
+
+def _expert_line(found: Explanation) -> str:
+    moe, ep = found.config.model.moe, found.config.parallel.ep
+    where = "dp_shard x cp x tp" if found.config.parallel.ep_over_tp else "dp_shard x cp"
+    carved = f" (ep {ep}, carved out of {where}; expert_shard {found.expert_shard})" if ep > 1 else ""
+    here = f"{found.experts.start}-{found.experts.stop - 1}"
+    return f"  experts {here} of {moe.num_experts} are here{carved}; a token goes to {moe.top_k}"
 
 
 def _alike(found: Explanation) -> dict[str, list[int]]:
@@ -85,25 +96,40 @@ def _held_by_block(held: Iterable[Held]) -> dict[str, list[Row]]:
 
 def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str]:
     rows = _held_by_block(found.held)
-    lines = [PARAMETER_ROW.format("parameters", "whole", "placement", "here", "bytes")]
-    lines += [PARAMETER_ROW.format(*row) for row in rows[""]]
+    table: list[Row | str] = [("parameters", "whole", "placement", "here", "bytes"), *rows[""]]
     for name, numbers in groups.items():
-        lines.append(f"  {name}" + (", each:" if len(numbers) > 1 else ":"))
-        lines += [PARAMETER_ROW.format("  " + row[0], *row[1:]) for row in rows[f"layers.{numbers[0]}"]]
+        table.append(f"  {name}" + (", each:" if len(numbers) > 1 else ":"))
+        table += [("  " + row[0], *row[1:]) for row in rows[f"layers.{numbers[0]}"]]
     parameters = sum(parameter.parameter_bytes for parameter in found.held)
+    gradients = sum(parameter.gradient_bytes for parameter in found.held)
     optimizer = sum(parameter.optimizer_bytes for parameter in found.held)
-    whole = found.config.model.num_params()
-    # Until the last micro-batch FSDP adds gradients up before it shares them out.
-    apart = found.degrees["dp_shard"] * found.degrees["cp"] if found.micro_batches > 1 else 1
-    gradients = apart * parameters
+    whole, active = found.config.model.num_params(), found.config.model.num_active_params()
+    met = f", of which each token meets {active:,}" if active != whole else ""
+    apart = any(parameter.gradient_bytes > parameter.parameter_bytes for parameter in found.held)
     note = f"  gradients are shared out over fsdp after the last of {found.micro_batches} micro-batches"
     return [
-        *lines,
+        *_table_lines(table),
         f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer state "
         f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
-        *([note] if apart > 1 else []),
-        f"  the whole model has {whole:,} parameters",
+        *([note] if apart else []),
+        f"  the whole model has {whole:,} parameters{met}",
     ]
+
+
+def _table_lines(table: list[Row | str]) -> list[str]:
+    """Rows in columns as wide as they need; a placement that has no room goes on in the next line."""
+    rows = [row for row in table if not isinstance(row, str)]
+    name, whole, placement, here, size = (max(map(len, column)) for column in zip(*rows, strict=True))
+    placement = min(placement, WIDTH - (name + whole + here + size + 7))
+    lines: list[str] = []
+    for row in table:
+        if isinstance(row, str):
+            lines.append(row)
+            continue
+        first, *more = wrap(row[2], placement)
+        lines.append(f"  {row[0]:<{name}} {row[1]:>{whole}}  {first:<{placement}} {row[3]:>{here}} {row[4]:>{size}}")
+        lines += [" " * (name + whole + 5) + rest for rest in more]
+    return lines
 
 
 def _sent_by_block(found: Explanation) -> dict[str, dict[tuple[str, str, str], tuple[int, int]]]:
@@ -131,6 +157,9 @@ def _traffic_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str
     lines += _block_lines("between the passes", totals.get("", {}))
     lines.append("  " + "-" * 114)
     lines += _axis_lines(found.sent.items())
+    if any(entry.axis == "ep" for entry in found.sent):
+        lines.append("  over ep as many tokens are counted as are expected where all experts are alike to the router;")
+        lines.append("  a run sends what its router decides: the record `routing` in metrics.jsonl tells how uneven it is")
     return lines
 
 

@@ -4,16 +4,25 @@
 vocabulary 50,277 padded to a multiple of 8).
 `mamba2-*`: the released state-spaces/mamba2-* configurations (Dao and Gu 2024, arXiv:2405.21060, section 9.2;
 vocabulary 50,277 padded to a multiple of 16). `mamba2-hybrid-8b`: Waleffe et al. 2024, arXiv:2406.07887, section 3,
-with the released checkpoint's arguments (no positions, no biases, GELU, untied). Exact counts are those of the stock
-transformers classes in the same settings; `tests/model/test_presets.py` prints them beside ours and the published.
+with the released checkpoint's arguments (no positions, no biases, GELU, untied).
+`moe-mamba-*`: Pióro et al. 2024, arXiv:2401.04081, sizes without embeddings: 42 experts of two matrices, three times as
+wide as the model, make the published totals. Its Switch layers drop what is above an expert's capacity; ours do not.
+`blackmamba-*`: Anthony et al. 2024, arXiv:2402.01771, with the released arguments, whose width of an expert is that of
+each of its first two matrices. The released weights differ: biases of routers, a final LayerNorm with bias, GELU as the
+gate, and Sinkhorn on doubled logits until it converges.
+`nemotron-3-nano-30b-a3b`: the released checkpoint's arguments; its named 3B active leave the input embedding out.
+Exact counts are those of the stock transformers classes in the same settings, where there are such classes;
+`tests/model/test_presets.py` prints them beside ours and the published.
 """
 
 from .config import ModelConfig
 from .ffns.mlp import MLPConfig
+from .ffns.moe import MoEConfig
 from .mixers.attention import AttentionConfig
 from .mixers.mamba2 import Mamba2Config
 from .pattern import from_megatron
 
+NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 MAMBA2_HYBRID_8B = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
 
 
@@ -23,6 +32,16 @@ def _mamba1(d_model: int, num_layers: int) -> ModelConfig:
 
 def _mamba2(d_model: int, num_layers: int) -> ModelConfig:
     return ModelConfig(vocab_size=50288, d_model=d_model, pattern=f"{num_layers}*mamba2")
+
+
+def _moe_mamba(d_model: int, pairs: int) -> ModelConfig:
+    switch = MoEConfig(num_experts=42, top_k=1, d_hidden=3 * d_model, activation="gelu")
+    return ModelConfig(vocab_size=50257, d_model=d_model, pattern=f"{pairs}*(mamba1 moe)", moe=switch)
+
+
+def _blackmamba(d_model: int, pairs: int, d_hidden: int) -> ModelConfig:
+    experts = MoEConfig(num_experts=8, top_k=1, d_hidden=d_hidden, score="sigmoid", balance="sinkhorn")
+    return ModelConfig(vocab_size=50304, d_model=d_model, pattern=f"{pairs}*(mamba1 moe)", moe=experts)
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -46,9 +65,33 @@ PRESETS: dict[str, ModelConfig] = {
         attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
         mlp=MLPConfig(d_hidden=16384, activation="gelu"),
     ),
+    "moe-mamba-25m": _moe_mamba(512, 8),
+    "moe-mamba-100m": _moe_mamba(768, 16),
+    "blackmamba-1.5b": _blackmamba(1152, 15, 3072),
+    "blackmamba-2.8b": _blackmamba(1472, 18, 3872),
+    "nemotron-3-nano-30b-a3b": ModelConfig(
+        vocab_size=131072,
+        d_model=2688,
+        pattern=from_megatron(NEMOTRON_3_NANO),
+        tie_embeddings=False,
+        residual_in_fp32=False,
+        mamba2=Mamba2Config(num_heads=64, num_groups=8, chunk_size=128),
+        attention=AttentionConfig(num_heads=32, num_kv_heads=2, head_dim=128),
+        moe=MoEConfig(
+            num_experts=128,
+            top_k=6,
+            d_hidden=1856,
+            activation="relu2",
+            d_shared=3712,
+            score="sigmoid",
+            renormalize=True,
+            scale=2.5,
+            balance="bias",
+        ),
+    ),
 }
 
-# As their authors name them: Mamba-1 and Mamba-2 by the total, the hybrid 8B rounded down.
+# Totals as their authors give them (the hybrid 8B rounded down), and what a token meets of it.
 PUBLISHED: dict[str, str] = {
     "mamba-130m": "130M",
     "mamba-370m": "370M",
@@ -61,4 +104,16 @@ PUBLISHED: dict[str, str] = {
     "mamba2-1.3b": "1.3B",
     "mamba2-2.7b": "2.7B",
     "mamba2-hybrid-8b": "8B",
+    "moe-mamba-25m": "542M",
+    "moe-mamba-100m": "2439M",
+    "blackmamba-1.5b": "1.5B",
+    "blackmamba-2.8b": "2.8B",
+    "nemotron-3-nano-30b-a3b": "31.6B",
+}
+PUBLISHED_ACTIVE: dict[str, str] = {
+    "moe-mamba-25m": "26M",
+    "moe-mamba-100m": "117M",
+    "blackmamba-1.5b": "340M",
+    "blackmamba-2.8b": "630M",
+    "nemotron-3-nano-30b-a3b": "3.6B",
 }

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from ..errors import UserError
 from ..model.config import ModelConfig
 from ..model.lm import HybridLM
 from ..model.rules import ShardRule
-from ..parallel.dry_run import FakeWorld, fake_world, passes_of_step
+from ..parallel.dry_run import FakeWorld, fake_world, passes_of_step, plan_even_trip
+from ..parallel.experts import set_expert_seams
 from ..parallel.layout import LAYOUTS
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import Pipeline
@@ -38,7 +41,10 @@ class Held:
         shape: of the whole.
         placement: how it lies on each axis, in words.
         local_shape: of the rank's part.
-        parameter_bytes, optimizer_bytes: of the rank's part, and of what the optimizer keeps for it.
+        parameter_bytes: of the rank's part.
+        gradient_bytes: of the largest gradient that a rank keeps between passes: until the last micro-batch FSDP adds
+            gradients up before it shares them out.
+        optimizer_bytes: of what the optimizer keeps for the rank's part.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Held:
     placement: str
     local_shape: tuple[int, ...]
     parameter_bytes: int
+    gradient_bytes: int
     optimizer_bytes: int
 
 
@@ -60,6 +67,8 @@ class Explanation:
         tokens: stretches of each row that it works on.
         rows, micro_batches: of one update, on this rank.
         precision: matrices are multiplied in, where this machine's devices are those of the run.
+        experts: numbers of the experts of each layer that this rank computes; empty where the model has none.
+        expert_shard: ranks that hold these same experts and shard them among themselves.
         held: its parameters.
         sent: each collective and message with how often it occurs.
     """
@@ -74,6 +83,8 @@ class Explanation:
     rows: int
     micro_batches: int
     precision: str
+    experts: range
+    expert_shard: int
     held: list[Held]
     sent: Counter[Sent]
 
@@ -81,7 +92,9 @@ class Explanation:
 def default_world(config: Config) -> int:
     """The least number of processes that a configuration's degrees ask for."""
     parallel = config.parallel
-    return parallel.model_ranks * parallel.dp_replicate * max(1, parallel.dp_shard)
+    # `ep` is carved out of other axes; dp_shard=0 stands for as many as that takes.
+    spread = parallel.cp * (parallel.tp if parallel.ep_over_tp else 1)
+    return parallel.model_ranks * parallel.dp_replicate * (parallel.dp_shard or parallel.ep // gcd(parallel.ep, spread))
 
 
 def explain(config: Config, world_size: int, rank: int) -> Explanation:
@@ -100,7 +113,7 @@ def explain(config: Config, world_size: int, rank: int) -> Explanation:
         mesh, engine = fake.mesh, _build_engine(config, fake)
         with fake.tensors():
             optimizers = build_optimizers(engine.models, config.optimizer)
-        held = [*_held(engine.models, optimizers)]
+        held = [*_held(engine, optimizers, rows > micro_rows)]
         if config.parallel.pp > 1:
             sent = Counter(_whole_step(engine, optimizers, rows, fake))
         else:
@@ -116,6 +129,8 @@ def explain(config: Config, world_size: int, rank: int) -> Explanation:
             rows=rows,
             micro_batches=-(-rows // micro_rows),
             precision=str(_dtype(config)).removeprefix("torch."),
+            experts=_experts(config.model, mesh),
+            expert_shard=1 if mesh.experts is None else mesh.size("expert_shard"),
             held=held,
             sent=sent,
         )
@@ -136,6 +151,7 @@ def _build_engine(config: Config, fake: FakeWorld) -> Engine:
         with torch.device("meta"):
             models.append(HybridLM(config.model, cuts[stage]))
         spread_model(models[-1], mesh, parallel, compute_dtype=dtype, recompute=config.train.recompute)
+        set_expert_seams(models[-1], mesh, parallel, plan=partial(plan_even_trip, config=config.model.moe))
     with fake.tensors():
         for model in models:
             model.to_empty(device=fake.world.device)
@@ -165,8 +181,10 @@ def _update(engine: Engine, optimizers: list[Optimizer], fake: FakeWorld) -> lis
 
 def _finish_update(engine: Engine, optimizers: list[Optimizer]) -> None:
     engine.clip_gradients(engine.config.train.clip_norm)
+    skip = torch.zeros((), device=engine.device)
     for optimizer in optimizers:
-        optimizer.step(1.0, torch.zeros((), device=engine.device))
+        optimizer.step(1.0, skip)
+    engine.routing.finish_step(engine.models, skip)
 
 
 def _short_passes(config: Config, rows: int, fake: FakeWorld) -> Counter[Sent]:
@@ -208,18 +226,42 @@ def _fake_batch(rows: int, length: int) -> Batch:
     return Batch(tokens_BL, tokens_BL, torch.zeros(rows, length, dtype=torch.bool), 0)
 
 
-def _held(models: list[HybridLM], optimizers: list[Optimizer]) -> Iterator[Held]:
+def _experts(model: ModelConfig, mesh: Mesh) -> range:
+    if "moe" not in model.kinds:
+        return range(0)
+    own, rank = model.moe.num_experts // mesh.size("ep"), 0 if mesh.experts is None else mesh.rank("ep")
+    return range(rank * own, (rank + 1) * own)
+
+
+def _held(engine: Engine, optimizers: list[Optimizer], several_passes: bool) -> Iterator[Held]:
     """Every parameter of a rank's models."""
     kept: Counter[str] = Counter()
     for optimizer in optimizers:
         for slot, tensor in optimizer.state().items():
             kept[slot.partition(".")[2]] += local_part(tensor).nbytes
-    for model in models:
+    for model in engine.models:
         rules = model.shard_rules()
         for name, parameter in model.named_parameters():
             local = local_part(parameter)
-            placement = _placement(parameter, rules[name])
-            yield Held(name, tuple(parameter.shape), placement, tuple(local.shape), local.nbytes, kept[name])
+            gradient = local.nbytes * parameter.requires_grad
+            yield Held(
+                name,
+                tuple(parameter.shape),
+                _placement(parameter, rules[name]),
+                tuple(local.shape),
+                local.nbytes,
+                gradient * (_sharded_over(parameter) if several_passes else 1),
+                kept[name],
+            )
+
+
+def _sharded_over(parameter: Tensor) -> int:
+    """Ranks over which FSDP shards a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    degrees = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    return degrees.get("fsdp", 1) * degrees.get("expert_shard", 1)
 
 
 def _placement(parameter: Tensor, rule: ShardRule) -> str:

@@ -20,6 +20,8 @@ from headrace.pretrain.hf.export import write_configs, write_model
 from headrace.pretrain.hf.stock import STOCK_CLASSES
 
 VOCAB = 61
+MODEL_TYPES = ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid", "jamba"]
+EXPERT_MODELS = ["nemotron_h moe", "granitemoehybrid moe", "jamba moe"]
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 

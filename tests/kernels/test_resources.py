@@ -12,7 +12,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", ["ssd_", "conv1d_", "cross_entropy", "norm_", "swiglu"])
+@pytest.mark.parametrize("part", ["ssd_", "conv1d_", "cross_entropy", "norm_", "swiglu", "expert_", "grouped_"])
 def test_kernels_compile_without_spills(tmp_path: Path, part: str) -> None:
     script = ROOT / "benchmarks/kernel_resources.py"
     command = [sys.executable, str(script), "--dtypes", "bf16", "--only", part, "--json", str(tmp_path / "found.json")]

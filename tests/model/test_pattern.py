@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from headrace.errors import UserError
 from headrace.model.pattern import MEGATRON_LETTERS, from_megatron, parse_pattern
 
-KINDS = ("mamba2", "attention", "sliding_attention", "mlp")
+KINDS = ("mamba2", "attention", "sliding_attention", "mlp", "moe")
 
 # (text, layers) pairs grown together, so that the expansion is known without the parser.
 ITEMS = st.recursive(
@@ -70,12 +70,12 @@ def test_mistakes(pattern: str, words: str) -> None:
     assert repr(pattern) in str(error.value)
 
 
-@given(st.text("M*-", min_size=1, max_size=60))
+@given(st.text("M*-E", min_size=1, max_size=60))
 def test_megatron_letters(letters: str) -> None:
     assert parse_pattern(from_megatron(letters), KINDS) == tuple(MEGATRON_LETTERS[letter] for letter in letters)
 
 
-@pytest.mark.parametrize(("letters", "words"), [("ME", "mixture of experts"), ("M+", "unknown letter '+'")])
+@pytest.mark.parametrize(("letters", "words"), [("MG", "unknown letter 'G'"), ("M+", "E (moe)")])
 def test_megatron_mistakes(letters: str, words: str) -> None:
     with pytest.raises(UserError, match="pattern"):
         from_megatron(letters)

@@ -104,13 +104,17 @@ def test_stages_equal_one_process(gloo: Callable, degrees: dict[str, Any], micro
         assert worst[0] <= 1e-9, f"{name}: {worst[1]} is off by {worst[0]:.1e}"
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_changes_nothing(gloo: Callable, recompute: Recompute) -> None:
+@pytest.mark.parametrize(("recompute", "compiled"), [("full", False), ("selective", False), ("none", True)])
+def test_recomputation_and_compilation_change_nothing(gloo: Callable, recompute: Recompute, compiled: bool) -> None:
     parallel = ParallelConfig(dp_shard=2, ep=2)
-    case = Case(model=ROUTERS["renormalised"], parallel=parallel, rows=ROWS, recompute=recompute)
-    step = one_process(case.model, ROWS)
-    for errors in gloo(2, largest_errors, [case], [step]):
-        assert max(errors[0].values()) <= 1e-9
+    cases = [
+        Case(model=ROUTERS[name], parallel=parallel, rows=ROWS, recompute=recompute, compile=compiled)
+        for name in ("renormalised", "sigmoid")[: 1 if compiled else 2]
+    ]
+    steps = [one_process(case.model, ROWS) for case in cases]
+    for found in gloo(2, largest_errors, cases, steps, timeout_s=200):
+        for errors in found:
+            assert max(errors.values()) <= 1e-9
 
 
 WIDTH, TOKENS = 16, 24

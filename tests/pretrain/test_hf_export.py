@@ -13,6 +13,7 @@ import hf_models
 from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
+from headrace.model.ffns.moe import MoEConfig
 from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
@@ -27,6 +28,9 @@ from headrace.pretrain.hf.verify import compare_with_stock, load_stock_model
 from headrace.pretrain.saved_run import parameter_shapes
 
 transformers = pytest.importorskip("transformers")
+core_model_loading = pytest.importorskip("transformers.core_model_loading")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 MAMBA2 = Mamba2Config(head_dim=8, d_state=8)
 ATTENTION = AttentionConfig(num_heads=4)
@@ -40,6 +44,21 @@ HYBRIDS = {
     "GraniteMoeHybridForCausalLM": ModelConfig(**TINY, pattern="2*(mamba2 mlp) attention mlp"),
     "BambaForCausalLM": ModelConfig(
         **{**TINY, "attention": dataclasses.replace(ATTENTION, rope_fraction=0.5)}, pattern="mamba2 mlp attention mlp"
+    ),
+    "JambaForCausalLM": ModelConfig(
+        **TINY,
+        pattern="mamba1 mlp attention moe mamba1 mlp mamba1 moe",
+        mamba1=Mamba1Config(d_state=4, inner_norms=True),
+        mlp=MLPConfig(d_hidden=24),
+        moe=MoEConfig(d_hidden=24),
+    ),
+    "NemotronHForCausalLM, experts": ModelConfig(
+        **TINY,
+        pattern="mamba2 moe attention moe",
+        moe=MoEConfig(score="sigmoid", balance="bias", activation="relu2", d_hidden=24, d_shared=20, num_groups=2),
+    ),
+    "GraniteMoeHybridForCausalLM, experts": ModelConfig(
+        **TINY, pattern="mamba2 moe attention moe", moe=MoEConfig(renormalize=True, d_hidden=24, d_shared=20)
     ),
 }
 
@@ -56,9 +75,9 @@ def run(tmp_path, tokenizer):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("architecture", HYBRIDS)
-def test_round_trip_through_stock_classes(architecture, tokenizer, tmp_path):
-    model = hf_models.random_model(HYBRIDS[architecture], 3)
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_round_trip_through_stock_classes(name, tokenizer, tmp_path):
+    model, architecture = hf_models.random_model(HYBRIDS[name], 3), name.partition(",")[0]
     checkpoint = hf_models.write_run(tmp_path / "run", model, tokenizer)
     report = export_hf(tmp_path / "run")
     assert (report.folder, report.architecture) == (tmp_path / "run" / "hf", architecture)
@@ -90,10 +109,10 @@ def test_round_trip_through_stock_classes(architecture, tokenizer, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (report.folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "mamba", "nemotron_h", "bamba", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", [*hf_models.MODEL_TYPES, *hf_models.EXPERT_MODELS])
 @pytest.mark.parametrize("seed", range(5))
 def test_import_gives_back_every_option_that_matters(model_type, seed, tmp_path):
-    model = hf_models.random_model(hf_models.random_config(model_type, seed), seed)
+    model = hf_models.random_model(hf_models.config_of(model_type, seed), seed)
     hf_models.write_folder(model, hf_models.stock_of(model_type), tmp_path)
     config, weights = import_hf(tmp_path)
     original = dict(model.named_parameters())
@@ -105,9 +124,9 @@ def test_import_gives_back_every_option_that_matters(model_type, seed, tmp_path)
     torch.testing.assert_close(reread(tokens_BL), model(tokens_BL), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "nemotron_h", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["mamba", "nemotron_h", "granitemoehybrid", "jamba", *hf_models.EXPERT_MODELS])
 def test_import_reads_what_transformers_itself_saves(model_type, tmp_path):
-    model = hf_models.random_model(hf_models.random_config(model_type, 2), 2)
+    model = hf_models.random_model(hf_models.config_of(model_type, 2), 2)
     (tmp_path / "ours").mkdir()
     hf_models.write_folder(model, hf_models.stock_of(model_type), tmp_path / "ours")
     load_stock_model(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
@@ -174,8 +193,10 @@ def test_published_sizes_have_the_tensors_of_their_stock_class(name, tmp_path):
     write_configs(tmp_path, stock, config, hf_models.SPECIAL, context_length=2048)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    theirs = {published_name(name, stock.names): tuple(p.shape) for name, p in model.named_parameters()}
-    assert theirs == {join.stock: join.stock_shape(shapes) for join in joins(stock.names, config, shapes)}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    saved = core_model_loading.revert_weight_conversion(model, dict(model.named_parameters()) | buffers)
+    theirs = {published_name(name, stock.names): tuple(tensor.shape) for name, tensor in saved.items()}
+    assert theirs == {join.stock: join.shape for join in joins(stock.names, config, shapes)}
 
 
 @pytest.mark.parametrize(
@@ -310,7 +331,7 @@ def change_config(folder: Path, **changes) -> None:
     [
         ({"model_type": "llama"}, "model_type 'llama' cannot be read; known are mamba2"),
         ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
-        ({"hybrid_override_pattern": "MEM*"}, "layers that cannot be read: E"),
+        ({"hybrid_override_pattern": "MGM*"}, "layers that cannot be read: G"),
         ({"hybrid_override_pattern": "M*-"}, "left over"),
         ({"mlp_bias": True}, "missing"),
         ({"ssm_state_size": 16}, "has shape"),
@@ -336,9 +357,9 @@ def test_import_reads_no_pickle_and_says_so(run):
 
 def test_stock_models_load_from_the_repository_root(tmp_path):
     """There transformers finds our `kernels/` where it looks for a package of that name."""
-    for architecture, config in HYBRIDS.items():
-        (tmp_path / architecture).mkdir()
-        hf_models.write_folder(hf_models.random_model(config, 1), choose_stock_class(config), tmp_path / architecture)
+    for name, config in HYBRIDS.items():
+        (tmp_path / name).mkdir()
+        hf_models.write_folder(hf_models.random_model(config, 1), choose_stock_class(config), tmp_path / name)
     code = (
         "import sys, torch, transformers\n"
         "for folder in sys.argv[1:]:\n"
@@ -353,7 +374,7 @@ def test_stock_models_load_from_the_repository_root(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines() == [f"{name} (1, 9, 400)" for name in HYBRIDS], done.stderr
+    assert done.stdout.splitlines() == [f"{name.partition(',')[0]} (1, 9, 400)" for name in HYBRIDS], done.stderr
 
 
 def test_transformers_does_not_register_our_operators_again_from_the_repository_root():

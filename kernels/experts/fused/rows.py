@@ -151,7 +151,7 @@ def _tile_of_rows(rows: Tensor) -> tuple[int, int, int]:
     """Rows and columns of a program, and its warps."""
     choice = tile("expert_rows", architecture(rows))
     block = min(triton.next_power_of_2(max(rows.shape[1], 1)), choice["block"])
-    return choice["elements"] // block, block, choice["num_warps"]
+    return max(1, choice["elements"] // block), block, choice["num_warps"]
 
 
 @triton.jit
