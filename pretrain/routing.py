@@ -65,7 +65,7 @@ class RoutingTally:
         if self.config.balance != "bias":  # else summed in every step
             sum_over_ranks(self._since_report)
         experts = self.config.num_experts
-        found, biases = self._since_report.cpu(), self._biases(models)
+        found, biases = self._since_report.to("cpu", copy=True), self._biases(models)
         self._since_report.zero_()
         load, rest = found[:, :experts], dict(zip(TOLD, found[:, experts:].T, strict=True))
         if broken := [str(layer) for layer, count in zip(self.layers, rest["nonfinite"], strict=True) if count]:
