@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from ...errors import UserError
@@ -20,6 +20,11 @@ class StockClass(Protocol):
     model_type: str
     architecture: str
     names: WeightNames
+
+    @property
+    def kinds(self) -> Collection[str]:
+        """The kinds of layers it has."""
+        ...
 
     def problems(self, config: ModelConfig) -> list[str]:
         """What keeps the model from being expressed, each as "setting; remedy"; empty when it can be."""
@@ -44,12 +49,16 @@ def choose_stock_class(config: ModelConfig) -> StockClass:
     Raises:
         UserError: there is none; names what to change for the classes that come nearest.
     """
-    refusals = [(stock.problems(config), stock) for stock in STOCK_CLASSES]
-    for problems, stock in refusals:
+    refusals = {stock: stock.problems(config) for stock in STOCK_CLASSES}
+    for stock, problems in refusals.items():
         if not problems:
             return stock
-    fewest = min(len(problems) for problems, _ in refusals)
-    nearest = [f"{stock.architecture} lacks {'; '.join(found)}" for found, stock in refusals if len(found) == fewest]
+    # A kind of layer that a class lacks is further away than any number of options.
+    distances = {stock: (len(set(config.kinds) - set(stock.kinds)), len(refusals[stock])) for stock in refusals}
+    least = min(distances.values())
+    nearest = [
+        f"{stock.architecture} lacks {'; '.join(refusals[stock])}" for stock in refusals if distances[stock] == least
+    ]
     raise UserError(f"no stock Hugging Face class computes this model; the nearest: {', or '.join(nearest)}")
 
 

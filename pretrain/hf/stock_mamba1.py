@@ -17,10 +17,11 @@ class Mamba:
     model_type = "mamba"
     architecture = "MambaForCausalLM"
     names = MAMBA1_NAMES
+    kinds = ("mamba1",)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """See StockClass.problems."""
-        problems = rules.kind_problems(config, ["mamba1"])
+        problems = rules.kind_problems(config, self.kinds)
         if "mamba1" not in config.kinds:
             return problems
         if config.mamba1.inner_norms:

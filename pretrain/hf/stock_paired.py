@@ -18,12 +18,12 @@ from .mapping import BAMBA_NAMES, GRANITE_NAMES
 class _Paired:
     """What the two classes share: they differ in rotary positions, in the scale of attention and in biases."""
 
-    ffns: tuple[str, ...] = ("mlp",)
+    kinds: tuple[str, ...] = ("mamba2", "attention", "mlp")
 
     def problems(self, config: ModelConfig) -> list[str]:
         """See StockClass.problems."""
-        problems = rules.kind_problems(config, ["mamba2", "attention", *self.ffns])
-        problems = problems or rules.pair_problems(config, self.ffns)
+        problems = rules.kind_problems(config, self.kinds)
+        problems = problems or rules.pair_problems(config, self.kinds[2:])
         if "mlp" in config.kinds and config.mlp.activation != "swiglu":
             problems.append(f'model.mlp.activation="{config.mlp.activation}" (use "swiglu")')
         return problems + rules.mamba2_problems(config) + rules.expand_problems(config)
@@ -96,7 +96,7 @@ class _Paired:
 class GraniteMoeHybrid(_Paired):
     """`GraniteMoeHybridForCausalLM`: (mixer, SwiGLU or experts) pairs, rotary positions on all channels or none."""
 
-    ffns = ("mlp", "moe")
+    kinds = ("mamba2", "attention", "mlp", "moe")
     model_type = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
     names = GRANITE_NAMES

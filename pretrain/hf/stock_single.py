@@ -23,10 +23,11 @@ class Mamba2:
     model_type = "mamba2"
     architecture = "Mamba2ForCausalLM"
     names = MAMBA2_NAMES
+    kinds = ("mamba2",)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """See StockClass.problems."""
-        return rules.kind_problems(config, ["mamba2"]) + rules.mamba2_problems(config) + rules.expand_problems(config)
+        return rules.kind_problems(config, self.kinds) + rules.mamba2_problems(config) + rules.expand_problems(config)
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
         """See StockClass.fields."""
@@ -93,10 +94,11 @@ class NemotronH:
     model_type = "nemotron_h"
     architecture = "NemotronHForCausalLM"
     names = NEMOTRON_H_NAMES
+    kinds = tuple(_LETTERS)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """See StockClass.problems."""
-        problems = rules.kind_problems(config, _LETTERS) + rules.mamba2_problems(config)
+        problems = rules.kind_problems(config, self.kinds) + rules.mamba2_problems(config)
         problems += rules.attention_scale_problems(config)
         if rules.has_step_limits(config) and config.mamba2.dt_limit[1] < rules.NO_UPPER_LIMIT:
             problems.append(f"model.mamba2.dt_limit={list(config.mamba2.dt_limit)} (only a lower limit)")

@@ -63,8 +63,10 @@ def _stock_count(name: str) -> int | None:
         )
         build = transformers.Mamba2ForCausalLM
     with torch.device("meta"):
-        # Where the class has a buffer in its checkpoints, we have a frozen parameter.
-        return sum(tensor.numel() for tensor in build(stock).state_dict(keep_vars=True).values())
+        model = build(stock)
+    # Where the class has a correction bias as a buffer, we have a frozen parameter.
+    biases = [buffer for buffer_name, buffer in model.named_buffers() if buffer_name.endswith("correction_bias")]
+    return sum(tensor.numel() for tensor in [*model.parameters(), *biases])
 
 
 def _figure(text: str) -> float:
