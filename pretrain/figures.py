@@ -45,7 +45,9 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class _Theme:
+class Theme:
+    """Colours of a kind of page: its own, those of words and lines, and four that curves are told apart by."""
+
     page: str
     text: str
     grid: str
@@ -56,8 +58,8 @@ class _Theme:
 
 
 # Blue, orange, green and purple of Okabe and Ito's palette, which colour-blind readers can tell apart.
-_LIGHT = _Theme("#ffffff", "#24292f", "#d8dee4", "#0072b2", "#d55e00", "#009e73", "#8250a8")
-_DARK = _Theme("#161b22", "#e6edf3", "#30363d", "#56b4e9", "#e69f00", "#2bc49a", "#cc9be0")
+LIGHT = Theme("#ffffff", "#24292f", "#d8dee4", "#0072b2", "#d55e00", "#009e73", "#8250a8")
+DARK = Theme("#161b22", "#e6edf3", "#30363d", "#56b4e9", "#e69f00", "#2bc49a", "#cc9be0")
 
 
 def draw_figures(curves: Curves) -> list[Figure]:
@@ -66,7 +68,7 @@ def draw_figures(curves: Curves) -> list[Figure]:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError('the report draws with matplotlib; pip install "headrace[report]"') from None
-    wanted: list[tuple[str, str, Callable[[Any, Curves, _Theme], str], bool]] = [
+    wanted: list[tuple[str, str, Callable[[Any, Curves, Theme], str], bool]] = [
         ("loss", "Loss", _draw_loss, _has(curves.train, "loss") or _has(curves.heldout, "loss")),
         ("bits_per_byte", "Held-out bits per byte", _draw_bits_per_byte, _has(curves.heldout, "bits_per_byte")),
         ("learning_rate", "Learning rate", _draw_learning_rate, _has(curves.train, "lr")),
@@ -76,8 +78,9 @@ def draw_figures(curves: Curves) -> list[Figure]:
     figures = []
     for name, title, draw, there in wanted:
         if there:
-            light, description = _render(draw, curves, _LIGHT)
-            dark, _ = _render(draw, curves, _DARK)
+            bound = lambda axes, theme, draw=draw: draw(axes, curves, theme)
+            light, description = render(bound, LIGHT, curves.restarts)
+            dark, _ = render(bound, DARK, curves.restarts)
             figures.append(Figure(name, title, description, light, dark))
     return figures
 
@@ -116,11 +119,10 @@ def _has(columns: Columns, key: str) -> bool:
     return bool(np.isfinite(columns[key]).any())
 
 
-def _render(draw: Callable[[Any, Curves, _Theme], str], curves: Curves, theme: _Theme) -> tuple[bytes, str]:
-    """One PNG of 1280 × 608 pixels, and what `draw` says it shows."""
+def render(draw: Callable[[Any, Theme], str], theme: Theme, restarts: Sequence[float] | None = ()) -> tuple[bytes, str]:
+    """One PNG of 1280 × 608 pixels, and what `draw` says it shows; None for `restarts` where x is not tokens."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FuncFormatter
 
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
@@ -139,21 +141,29 @@ def _render(draw: Callable[[Any, Curves, _Theme], str], curves: Curves, theme: _
     with matplotlib.rc_context(style):
         canvas = Canvas(figsize=(8, 3.8), dpi=160, facecolor=theme.page, layout="constrained")
         axes = canvas.add_subplot()
-        description = draw(axes, curves, theme)
+        description = draw(axes, theme)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, linewidth=0.6)
-        axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        axes.set_xlabel("tokens trained on")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        for number, tokens in enumerate(curves.restarts):
-            label = None if number else "restart"
-            axes.axvline(tokens, color=theme.text, alpha=0.55, linewidth=0.9, linestyle=(0, (1, 2)), label=label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best")
+        if restarts is not None:
+            _over_tokens(axes, theme, restarts)
         picture = io.BytesIO()
         canvas.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue(), description
+
+
+def _over_tokens(axes: "Axes", theme: Theme, restarts: Sequence[float]) -> None:
+    """What all pictures of curves over tokens have."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.grid(True, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("tokens trained on")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    for number, tokens in enumerate(restarts):
+        label = None if number else "restart"
+        axes.axvline(tokens, color=theme.text, alpha=0.55, linewidth=0.9, linestyle=(0, (1, 2)), label=label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
 
 
 def _line(axes: "Axes", columns: Columns, key: str, **style: Any) -> None:
@@ -162,7 +172,7 @@ def _line(axes: "Axes", columns: Columns, key: str, **style: Any) -> None:
     axes.plot(columns["tokens"], columns[key], **({"linewidth": 1.8, "marker": marker, "markersize": 4} | style))
 
 
-def _draw_loss(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+def _draw_loss(axes: "Axes", curves: Curves, theme: Theme) -> str:
     train, words = curves.train, []
     if _has(train, "loss"):
         _line(axes, train, "loss", color=theme.first, linewidth=0.7, alpha=0.4, marker=None)
@@ -176,7 +186,7 @@ def _draw_loss(axes: "Axes", curves: Curves, theme: _Theme) -> str:
     return f"Loss in nats per token against tokens: {', '.join(words)}."
 
 
-def _draw_bits_per_byte(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+def _draw_bits_per_byte(axes: "Axes", curves: Curves, theme: Theme) -> str:
     _line(axes, curves.heldout, "bits_per_byte", color=theme.second, label="this model")
     for (name, value), colour in zip(curves.compressors.items(), (theme.third, theme.fourth), strict=False):
         axes.axhline(value, color=colour, linewidth=1.4, linestyle="--", label=f"{name}: {value:.3f}")
@@ -186,7 +196,7 @@ def _draw_bits_per_byte(axes: "Axes", curves: Curves, theme: _Theme) -> str:
     return f"Held-out bits per byte against tokens, ending at {last:.3f}{beside}."
 
 
-def _draw_learning_rate(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+def _draw_learning_rate(axes: "Axes", curves: Curves, theme: Theme) -> str:
     _line(axes, curves.train, "lr", color=theme.first, marker=None)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate")
@@ -194,7 +204,7 @@ def _draw_learning_rate(axes: "Axes", curves: Curves, theme: _Theme) -> str:
     return f"Learning rate against tokens: at most {peak:.3g}, at the end {last:.3g}."
 
 
-def _draw_gradient_norm(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+def _draw_gradient_norm(axes: "Axes", curves: Curves, theme: Theme) -> str:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     norm = curves.train["grad_norm"]
@@ -210,7 +220,7 @@ def _draw_gradient_norm(axes: "Axes", curves: Curves, theme: _Theme) -> str:
     return f"Gradient norm against tokens: median {np.nanmedian(norm):.3g}, largest {np.nanmax(norm):.3g}."
 
 
-def _draw_speed(axes: "Axes", curves: Curves, theme: _Theme) -> str:
+def _draw_speed(axes: "Axes", curves: Curves, theme: Theme) -> str:
     from matplotlib.ticker import FuncFormatter
 
     speed = curves.train["tokens_per_s"]

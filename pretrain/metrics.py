@@ -62,8 +62,23 @@ class Metrics:
         except OSError as error:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
-            kind, step = record["kind"], record["step"]
-            self.wandb.log({f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}, step=step)
+            self.wandb.log(_scalars(record), step=record["step"])
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's values as `kind/key`; of lists over layers one value a layer, `kind/key/layer_3`, and no finer."""
+    kind, layers = record["kind"], record.get("layers", [])
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in ("kind", "step", "layers"):
+            continue
+        if not isinstance(value, list):
+            found[f"{kind}/{key}"] = value
+            continue
+        for layer, entry in zip(layers, value, strict=True):
+            if not isinstance(entry, list):
+                found[f"{kind}/{key}/layer_{layer}"] = entry
+    return found
 
 
 def _clock(seconds: float) -> str:

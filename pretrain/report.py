@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import UserError
 from .figures import Curves, Figure, draw_figures, last_finite, short_count, smoothed
+from .routing_report import draw_routing, read_routing, routing_summary
 from .run_folder import replace_file
 
 _TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "skipped")
@@ -56,12 +57,22 @@ def write_report(run_dir: Path) -> Path:
     results = _read_json(run_dir / "results.json")
     curves = read_curves(run_dir / "metrics.jsonl", results)
     figures = draw_figures(curves)
+    tokens = dict(zip(curves.train["step"].tolist(), curves.train["tokens"].tolist(), strict=True))
+    records = (record for record in _records(run_dir / "metrics.jsonl") if record["kind"] == "routing")
+    routing = read_routing(records, tokens)
+    routing_figures = draw_routing(routing, curves.restarts) if routing else []
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    for figure in figures:
+    for figure in figures + routing_figures:
         (folder / f"{figure.name}.png").write_bytes(figure.light)
     config = _read_text(run_dir / "config.toml")
-    page = _page(_name(run_dir, config), curves, results, figures, _read_json(run_dir / "manifest.json"), config)
+    sections = ["<h2>Curves</h2>" + "".join(map(_figure, figures))]
+    if routing:
+        pictures = "".join(map(_figure, routing_figures))
+        sections.append("<h2>Routing</h2>" + pictures + _table(routing_summary(routing)))
+    sections.append("<h2>Summary</h2>" + _table(_summary(curves, results)))
+    sections += _how_it_ran(_read_json(run_dir / "manifest.json"), config)
+    page = _page(_name(run_dir, config), curves, results, sections)
     replace_file(run_dir / "report.html", page)
     return run_dir / "report.html"
 
@@ -147,20 +158,19 @@ def _name(run_dir: Path, config: str) -> str:
         return run_dir.resolve().name
 
 
-def _page(
-    name: str, curves: Curves, results: dict[str, Any], figures: list[Figure], manifest: dict[str, Any], config: str
-) -> str:
-    cards = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _headlines(curves, results))
-    sections = [
-        "<h2>Curves</h2>" + "".join(_figure(figure) for figure in figures),
-        "<h2>Summary</h2>" + _table(_summary(curves, results)),
-    ]
+def _how_it_ran(manifest: dict[str, Any], config: str) -> list[str]:
+    sections = []
     if manifest:
         sections.append("<h2>How it ran</h2>" + _table(_flat(manifest)))
     if config:
         sections.append(
             f"<h2>Configuration</h2><details open><summary>config.toml</summary><pre>{escape(config)}</pre></details>"
         )
+    return sections
+
+
+def _page(name: str, curves: Curves, results: dict[str, Any], sections: list[str]) -> str:
+    cards = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _headlines(curves, results))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.errors import UserError
+from headrace.launch.cli import main
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.config_io import apply_overrides, format_toml
 from tiny import CONFIG
@@ -154,6 +155,54 @@ def test_all_misfits_of_layout_and_model_come_at_once(path: Path) -> None:
         "model.pattern=4*mlp",
         world_size=2,
     )
+
+
+EXPERTS = ("model.pattern=mamba2 moe", "model.moe.num_experts=12")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ((*EXPERTS, "model.moe.top_k=13"), "moe.top_k=13 is above num_experts=12; lower it"),
+        ((*EXPERTS, "model.moe.num_groups=5"), "moe.num_groups=5 does not divide num_experts=12; use one of 1, 2, 3"),
+        ((*EXPERTS, "model.moe.num_groups=4", "model.moe.top_groups=5"), "moe.top_groups=5 is above num_groups=4"),
+        (
+            (*EXPERTS, "model.moe.num_groups=4", "model.moe.top_k=4"),
+            "moe.top_k=4 is above the 3 experts of top_groups=1; lower it",
+        ),
+        ((*EXPERTS, "model.moe.balance=even"), "model.moe.balance='even' is not one of 'loss', 'bias'"),
+        ((*EXPERTS, "model.moe.jitter=1"), "moe.jitter=1.0 must lie between 0 and 1; use 0 for none"),
+        ((*EXPERTS, "model.moe.z_loss=-1"), "moe.z_loss=-1.0 must not be negative"),
+        ((*EXPERTS, "model.moe.num_experts=0"), "moe.num_experts=0 must be at least 1"),
+        (
+            (*EXPERTS, "model.moe.num_experts=6", "parallel.ep=4"),
+            "parallel.ep=4 does not divide model.moe.num_experts=6; use one of 1, 2, 3, 6",
+        ),
+        (("parallel.ep=2",), "parallel.ep=2 shares out experts, but model.pattern has no moe layers; set ep=1"),
+        (
+            (*EXPERTS, "parallel.ep=3"),
+            "parallel.ep=3 does not divide the dp_shard=4 x cp=1 ranks that hold different tokens; use one of 1, 2, 4",
+        ),
+        ((*EXPERTS, "parallel.ep=4", "parallel.tp=2"), "does not divide the dp_shard=2 x cp=1 ranks"),
+        (
+            (*EXPERTS, "model.moe.num_experts=8", "parallel.ep=8", "parallel.tp=2", "parallel.ep_over_tp=true"),
+            "does not divide the dp_shard=2 x cp=1 x tp=2 ranks",
+        ),
+        (
+            (*EXPERTS, "parallel.tp=2", "model.moe.d_hidden=25"),
+            "parallel.tp=2 does not divide model.moe.d_hidden=25; use tp in {1, 5, 25}, or d_hidden=26",
+        ),
+        ((*EXPERTS, "parallel.tp=2", "model.moe.d_shared=3"), "parallel.tp=2 does not divide model.moe.d_shared=3"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_experts_that_do_not_fit_are_one_line(
+    path: Path, overrides: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(path), "--nproc", "4", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) == 1
 
 
 def test_overrides_do_not_need_quotes() -> None:

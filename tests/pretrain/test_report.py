@@ -13,6 +13,7 @@ import pytest
 from headrace.errors import UserError
 from headrace.pretrain.figures import short_count, smoothed
 from headrace.pretrain.report import read_curves, write_report
+from headrace.pretrain.routing_report import read_routing
 
 FIGURES = ["bits_per_byte", "gradient_norm", "learning_rate", "loss", "tokens_per_second"]
 
@@ -131,6 +132,63 @@ def test_words_from_files_are_escaped(tmp_path):
     page = Page(write_report(run).read_text())
     assert "script" not in page.tags
     assert evil in page.words
+
+
+def routing(step: int, first: list[float], **change: object) -> str:
+    """Two layers; in the second all tokens go to the first expert."""
+    record = {
+        "kind": "routing",
+        "step": step,
+        "layers": [1, 4],
+        "load": [first, [1.0, 0.0, 0.0, 0.0]],
+        "max_violation": [max(first) * 4 - 1, 3.0],
+        "entropy": [1.2, 0.5],
+        "bias": [[0.0, 0.0, -0.125, 0.0], [0.0] * 4],
+        "dropped": 0,
+    }
+    return json.dumps(record | change)
+
+
+def test_routing(tmp_path):
+    even, uneven = [0.25] * 4, [0.5, 0.5, 0.0, 0.0]
+    lines = [line for step in range(1, 31) for line in (train(step), routing(step, uneven if step < 21 else even))]
+    lines += [routing(30, uneven, load="broken"), routing(29, even, layers=[1]), routing(28, even, entropy=None)]
+    run = make_run(tmp_path / "run", lines)
+    page = Page(write_report(run).read_text())
+    for words in (
+        "Routing",
+        "4.00 times the mean (layer 4, expert 0)",
+        "layer 4: expert 1, layer 4: expert 2, layer 4: expert 3",
+        "-0.125 (layer 1, expert 2)",
+        "tokens dropped",
+        "from 0.00 to 4.00 (layer 4, expert 0); 1 is even",
+    ):
+        assert words in page.words, words
+    names = {"routing_load", "routing_max_violation", "routing_entropy"}
+    assert names < {file.stem for file in (run / "figures").iterdir()}
+
+
+def test_routing_of_a_resumed_run(tmp_path):
+    """What was trained again counts once, as it was the last time; the load is that of the last ten records."""
+    first, again = [1.0, 0.0, 0.0, 0.0], [0.25] * 4
+    lines = [routing(step, first) for step in range(1, 13)] + [routing(step, again) for step in range(3, 13)]
+    records = [json.loads(line) for line in lines]
+    curves = read_routing(records, {step: 100.0 * step for step in range(1, 13)})
+    assert curves.tokens.tolist() == [100.0 * step for step in range(1, 13)]
+    assert curves.max_violation[:, 0].tolist() == [3.0, 3.0, *[0.0] * 10]
+    assert curves.load.tolist() == [[1.0] * 4, [4.0, 0.0, 0.0, 0.0]]
+    assert read_routing([], {}) is None
+
+
+def test_routing_of_many_layers_and_experts(tmp_path, recwarn):
+    layers, experts = 30, 128
+    load = [[1 / experts] * experts for _ in range(layers)]
+    many = {"layers": [*range(layers)], "load": load, "bias": [[0.0] * experts] * layers}
+    many |= {"max_violation": [0.0] * layers, "entropy": [math.log(experts)] * layers}
+    record = {"kind": "routing", "step": 1, "dropped": 0, **many}
+    run = make_run(tmp_path / "run", [train(1), json.dumps(record)])
+    assert "experts without a token at the end" in Page(write_report(run).read_text()).words
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_what_a_killed_run_leaves_behind(tmp_path):
