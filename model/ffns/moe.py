@@ -17,7 +17,7 @@ from ..layer import divisors, positive
 from ..rules import REPLICATED, ParameterRule, ShardRule
 from ..sequence import SequenceContext
 from .mlp import ACTIVATIONS, MLP, MLPConfig
-from .routing import Router
+from .routing import Router, RouterConfig
 
 CHOICES = {
     "activation": ACTIVATIONS,
@@ -28,46 +28,18 @@ CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(RouterConfig):
     """Options of a mixture-of-experts layer; `routing.py` lists the settings of published models.
 
     Args:
-        num_experts, top_k: experts X, and how many of them a token goes to.
         d_hidden: hidden width of one expert; None for that of a dense layer.
         activation: as in MLPConfig, for experts and the shared expert.
         d_shared: hidden width of a shared expert that all tokens go through; 0 for none.
-        score: logits to scores, over all experts or each on its own.
-        renormalize: weights of a token's experts sum to one; with `softmax` that is a softmax over the chosen alone.
-        scale: factor of all weights.
-        num_groups, top_groups: a token's experts come from its `top_groups` best of `num_groups` groups of neighbours.
-        balance: by a loss, by a bias that moves with the load, by Sinkhorn normalisation in training, or not at all.
-        balance_scope: what the load is counted over: each row, or all rows that pass through the model at a time.
-        balance_loss: coefficient of the balance loss; of a perfectly even load, the loss is 1.
-        bias_rate: step of the balance bias for each update.
-        sinkhorn_iterations: how often tokens and experts are normalised.
-        z_loss: coefficient of the mean squared log-partition of the logits (ST-MoE, arXiv:2202.08906, equation 5).
-        jitter: in training the router sees its input times uniform noise in `1 - jitter` to `1 + jitter`.
-        chunk: this many neighbouring tokens of a document share the decision made for the first of them.
     """
 
-    num_experts: int = 8
-    top_k: int = 2
     d_hidden: int | None = None
     activation: Literal["swiglu", "relu2", "gelu"] = "swiglu"
     d_shared: int = 0
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = False
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    balance: Literal["loss", "bias", "sinkhorn", "none"] = "loss"
-    balance_scope: Literal["row", "batch"] = "row"
-    balance_loss: float = 0.01
-    bias_rate: float = 0.001
-    sinkhorn_iterations: int = 8
-    z_loss: float = 0.0
-    jitter: float = 0.0
-    chunk: int = 1
 
     def hidden(self, d_model: int) -> int:
         """Hidden width of one expert."""

@@ -11,7 +11,7 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,45 @@ from torch.nn import functional as F
 from ..sequence import SequenceContext, TrainingPass
 from .jitter import jittered
 
-if TYPE_CHECKING:
-    from .moe import MoEConfig
-
 # Of the numbers that a router tells of a pass, those after the load of each expert.
 TOLD = ("entropy", "tokens", "nonfinite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Options of a router; `MoEConfig` adds those of the experts.
+
+    Args:
+        num_experts, top_k: experts X, and how many of them a token goes to.
+        score: logits to scores, over all experts or each on its own.
+        renormalize: weights of a token's experts sum to one; with `softmax` that is a softmax over the chosen alone.
+        scale: factor of all weights.
+        num_groups, top_groups: a token's experts come from its `top_groups` best of `num_groups` groups of neighbours.
+        balance: by a loss, by a bias that moves with the load, by Sinkhorn normalisation in training, or not at all.
+        balance_scope: what the load is counted over: each row, or all rows that pass through the model at a time.
+        balance_loss: coefficient of the balance loss; of a perfectly even load, the loss is 1.
+        bias_rate: step of the balance bias for each update.
+        sinkhorn_iterations: how often tokens and experts are normalised.
+        z_loss: coefficient of the mean squared log-partition of the logits (ST-MoE, arXiv:2202.08906, equation 5).
+        jitter: in training the router sees its input times uniform noise in `1 - jitter` to `1 + jitter`.
+        chunk: this many neighbouring tokens of a document share the decision made for the first of them.
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    balance: Literal["loss", "bias", "sinkhorn", "none"] = "loss"
+    balance_scope: Literal["row", "batch"] = "row"
+    balance_loss: float = 0.01
+    bias_rate: float = 0.001
+    sinkhorn_iterations: int = 8
+    z_loss: float = 0.0
+    jitter: float = 0.0
+    chunk: int = 1
 
 
 class Routing(NamedTuple):
@@ -93,7 +127,7 @@ class Router(nn.Module):
 
     keep_fp32 = True
 
-    def __init__(self, config: "MoEConfig", d_model: int, layer_index: int) -> None:
+    def __init__(self, config: RouterConfig, d_model: int, layer_index: int) -> None:
         super().__init__()
         self.config, self.layer_index = config, layer_index
         self.weight = nn.Parameter(torch.full((config.num_experts, d_model), float("nan")))
@@ -202,7 +236,7 @@ class Router(nn.Module):
         return _Added.apply(weights_Tk, added, training.loss_scale) if added.requires_grad else weights_Tk
 
 
-def choose(preference_TX: Tensor, config: "MoEConfig") -> Tensor:
+def choose(preference_TX: Tensor, config: RouterConfig) -> Tensor:
     """The `top_k` experts of each token, those of its `top_groups` best groups only where there are groups.
 
     A group is as good as its two best experts together (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), with softmax
