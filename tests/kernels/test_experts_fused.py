@@ -70,7 +70,7 @@ def judge_products(ends_X: Tensor, S: int, O: int, F: int) -> None:  # noqa: E74
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("T", "k", "X"), [(13, 2, 5), (40, 1, 17), (1, 3, 1), (0, 2, 3)])
+@pytest.mark.parametrize(("T", "k", "X"), [(13, 2, 5), (1, 3, 1)])
 def test_as_exact_as_the_definitions(kind: str, T: int, k: int, X: int) -> None:
     place_Tk, ends_X = judge_order(chosen(kind, T, k, X), X)
     S = int(ends_X[-1]) + 6
@@ -78,11 +78,18 @@ def test_as_exact_as_the_definitions(kind: str, T: int, k: int, X: int) -> None:
     judge_products(ends_X, S, 9, 20)
 
 
-widths = st.integers(1, 18)
+@pytest.mark.parametrize(("T", "k", "X"), [(0, 2, 3), (150, 1, 7)])
+def test_no_tokens_and_many(T: int, k: int, X: int) -> None:
+    place_Tk, ends_X = judge_order(chosen("dropped", T, k, X), X)
+    judge_rows(place_Tk, int(ends_X[-1]), 3)
+    judge_products(ends_X, int(ends_X[-1]), 3, 2)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 9), widths, widths)
-@settings(max_examples=15)
+widths = st.integers(1, 33)
+
+
+@given(st.lists(st.integers(0, 17), min_size=1, max_size=4), st.integers(0, 9), widths, widths)
+@settings(max_examples=6)
 def test_products_of_any_groups(rows: list[int], spare: int, O: int, F: int) -> None:  # noqa: E741
     ends_X = torch.tensor(rows).cumsum(0).int()
     judge_products(ends_X, int(ends_X[-1]) + spare, O, F)
@@ -91,14 +98,17 @@ def test_products_of_any_groups(rows: list[int], spare: int, O: int, F: int) -> 
 @pytest.mark.parametrize(("S", "D"), [(0, 5), (7, 0), (7, 1)])
 def test_nothing_to_do(S: int, D: int) -> None:
     judge_rows(torch.full((3, 2), -1), S, D)
-    judge_rows(torch.full((3, 0), -1), S, D)
     judge_products(torch.zeros(2, dtype=torch.int32), S, 4, D)
+    none = torch.empty(3, 0, dtype=torch.int64)
+    with poisoned_memory():
+        assert torch.equal(permute(torch.ones(3, D), none, S, backend="triton"), torch.zeros(S, D))
+        assert torch.equal(unpermute(torch.ones(S, D), torch.ones(3, 0), none, backend="triton"), torch.zeros(3, D))
 
 
 def test_more_experts_than_short_integers() -> None:
-    place_Tk, ends_X = expert_order(torch.tensor([[40000], [7], [-1], [39999]]), 40001, backend="triton")
+    place_Tk, ends_X = expert_order(torch.tensor([[32768], [7], [-1], [32767]]), 32769, backend="triton")
     assert place_Tk.tolist() == [[2], [0], [-1], [1]]
-    assert (ends_X[6], ends_X[7], ends_X[39999], ends_X[40000]) == (0, 1, 2, 3)
+    assert (ends_X[6], ends_X[7], ends_X[32767], ends_X[32768]) == (0, 1, 2, 3)
 
 
 def test_indices_outside_are_left_out() -> None:
@@ -188,7 +198,7 @@ def test_grids_depend_on_sizes_alone() -> None:
     assert grids[0] == grids[1] == grids[2]
     names = ["_grouped_linear_kernel"] * 2 + ["_grouped_weight_gradient_kernel"]
     assert [name for name, _ in grids[0]] == names
-    assert grids[0][0][1] == ((23 // 4 + 3 + 1) * 3,)
+    assert grids[0][0][1] == ((23 // 8 + 3 + 1) * 2,)
 
 
 def test_what_the_kernels_cannot_take_is_named() -> None:
