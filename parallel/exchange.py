@@ -30,17 +30,19 @@ BYTE_S = {"inside": 1 / 100e9, "across": 1 / 20e9}
 Summary = tuple[Tensor, Tensor]
 
 
-def choose(num_runs: int, ranks: int, state_bytes: int, *, on_one_machine: bool) -> Exchange:
+def choose(num_runs: int, ranks: int, state_bytes: int, transition_bytes: int = 0, *, on_one_machine: bool) -> Exchange:
     """The exchange that should take the least time for `num_runs` runs of segments on `ranks` ranks.
 
-    All ranks must ask alike. Between two runs all are the same; beyond, `chain` sends least, but in the most hops.
+    `transition_bytes`, of an `M`, count beside the state's in all but `chain`. All ranks must ask alike.
+    Between two runs all are the same; beyond, `chain` sends least, but in the most hops.
     """
-    byte_s = BYTE_S["inside" if on_one_machine else "across"] * state_bytes
+    byte_s = BYTE_S["inside" if on_one_machine else "across"]
+    state_s, summary_s = byte_s * state_bytes, byte_s * (state_bytes + transition_bytes)
     hops = num_runs - 1
     seconds: dict[Exchange, float] = {
-        "chain": hops * (HOP_S + byte_s),
-        "doubling": hops.bit_length() * (HOP_S + -(-num_runs // ranks) * byte_s),
-        "gather": HOP_S + hops * byte_s,
+        "chain": hops * (HOP_S + state_s),
+        "doubling": hops.bit_length() * (HOP_S + -(-num_runs // ranks) * summary_s),
+        "gather": HOP_S + hops * summary_s,
     }
     return min(seconds, key=lambda name: seconds[name])
 
@@ -132,7 +134,9 @@ class _Scan:
         self.M, self.S = M, S
         self.how = exchange.how
         if self.how == "auto":
-            self.how = choose(len(runs), layout.num_ranks, S[0].nbytes, on_one_machine=exchange.on_one_machine)
+            self.how = choose(
+                len(runs), layout.num_ranks, S[0].nbytes, M[0].nbytes, on_one_machine=exchange.on_one_machine
+            )
 
     def run(self) -> Generator[None, None, list[Tensor | None]]:
         """Yields while messages are under way; returns what arrives at each of this rank's segments."""

@@ -136,6 +136,8 @@ def test_auto_follows_size_and_topology() -> None:
     assert choose(8, 8, 1 << 24, on_one_machine=True) == "doubling"
     # Between machines bytes cost more: what is gathered inside one is doubled across several.
     assert [choose(8, 8, 1 << 18, on_one_machine=here) for here in (True, False)] == ["gather", "doubling"]
+    # A transition as large as the state, as that of Mamba-1 is, makes all but the chain dearer.
+    assert [choose(4, 4, 1 << 23, size, on_one_machine=True) for size in (0, 1 << 23)] == ["doubling", "chain"]
 
 
 def test_transitions_form_a_monoid() -> None:

@@ -12,6 +12,7 @@ from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
 from headrace.model.lm import HybridLM
 from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.model.sequence import SequenceContext
 from headrace.parallel.config import ParallelConfig
@@ -28,8 +29,9 @@ def model_config() -> ModelConfig:
     return ModelConfig(
         vocab_size=42,
         d_model=12,
-        pattern="mamba2 attention mlp mamba2",
+        pattern="mamba2 attention mlp mamba1",
         mamba2=Mamba2Config(head_dim=4, d_state=5, num_groups=2, chunk_size=8),
+        mamba1=Mamba1Config(d_state=3, dt_rank=2, inner_norms=True),
         attention=AttentionConfig(num_heads=6, rope_fraction=1.0),
         mlp=MLPConfig(d_hidden=18),
     )

@@ -11,13 +11,15 @@ from torch import Tensor
 from headrace.data import Batch
 from headrace.model.config import ModelConfig
 from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba1 import Mamba1Config
+from headrace.model.mixers.mamba1 import ScanInputs as SelectiveInputs
 from headrace.model.mixers.mamba2 import Mamba2Config, ScanInputs
 from headrace.parallel.config import Exchange, ParallelConfig
 from headrace.parallel.context import share_row
 from headrace.parallel.dry_run import fake_world
 from headrace.parallel.mesh import Mesh, World, build_mesh
 from headrace.parallel.recompute import Recompute
-from headrace.parallel.state_passing import convolve, scan
+from headrace.parallel.state_passing import convolve, scan, selective_scan_over_segments
 from headrace.parallel.traffic import Sent, Traffic
 from spread import Case, Rows, build_engine
 
@@ -154,6 +156,7 @@ def model_config(groups: int, pattern: str = "mamba2 attention mlp mamba2") -> M
         d_model=D,
         pattern=pattern,
         mamba2=Mamba2Config(head_dim=4, d_state=8, num_groups=groups, chunk_size=4),
+        mamba1=Mamba1Config(d_state=3, dt_rank=5),
         attention=AttentionConfig(num_heads=4, rope_fraction=1.0),
     )
 
@@ -204,8 +207,42 @@ def test_tensor_parallel_blocks_gather_and_scatter_once_each_way(gloo: Callable,
         assert {entry.axis for entry in sent} == {"tp"}
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_mamba1_sums_its_small_projections_once_each_way(gloo: Callable, ranks: int) -> None:
+    share, small = (ranks - 1) * T * D * 8 // ranks, 2 * (ranks - 1) * T * (5 + 2 * 3) * 8 // ranks
+    for sent in gloo(ranks, step, model_config(2, "mamba1"), ParallelConfig(tp=ranks)):
+        assert by_block(sent, "tp")["layers.0"] == {
+            ("forward", "all_gather", share): 1,
+            ("forward", "all_reduce", small): 1,
+            ("forward", "reduce_scatter", share): 1,
+            ("backward", "all_gather", share): 1,
+            ("backward", "all_reduce", small): 1,
+            ("backward", "reduce_scatter", share): 1,
+        }
+
+
+def selective_scan_in_gloo(config: ParallelConfig, tokens: int) -> list[Sent]:
+    """What the scan of one Mamba-1 layer of 6 channels and 5 states sends, forward and backward."""
+    mesh = build_mesh(config, world_here())
+    (own,), seq = share_row(config, mesh, [torch.zeros(1, tokens * config.cp)], None)
+    x, dt, B, C = (torch.rand(1, own.shape[1], width, requires_grad=True) for width in (6, 6, 5, 5))
+    with Traffic(mesh) as traffic:
+        inputs = SelectiveInputs(x, dt, -torch.rand(6, 5), B, C, torch.rand(6))
+        selective_scan_over_segments(inputs, None, seq, 0)[0].sum().backward()
+    return traffic.sent
+
+
+def test_mamba1_passes_states_whose_bytes_do_not_depend_on_the_row(gloo: Callable) -> None:
+    """A transition of Mamba-1 is as large as a state: `chain`, which sends none, sends half of what others do."""
+    state = 6 * 5 * 4
+    for how, inner in {"chain": [state, state], "doubling": [2 * state] * 3}.items():
+        by_rank = gloo(4, selective_scan_in_gloo, layout(4, how), 5)  # type: ignore[arg-type]
+        assert by_rank == gloo(4, selective_scan_in_gloo, layout(4, how), 17)  # type: ignore[arg-type]
+        assert messages(by_rank[1]) == inner
+
+
 def test_recomputation_does_not_exchange_again_unless_asked_to(gloo: Callable) -> None:
-    config = model_config(2, "2*mamba2 mlp")
+    config = model_config(2, "mamba2 mamba1 mlp")
     kept = gloo(2, step, config, ParallelConfig(cp=2))
     for rank, sent in enumerate(gloo(2, step, config, ParallelConfig(cp=2), "full")):
         assert by_block(sent, "cp") == by_block(kept[rank], "cp")

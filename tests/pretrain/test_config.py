@@ -145,6 +145,9 @@ def test_all_misfits_of_layout_and_model_come_at_once(path: Path) -> None:
         "cuts a row into 40 segments, more than data.seq_len=32 tokens",
     ):
         assert part in message
+    assert "parallel.tp=5 does not divide model.mamba1.expand*d_model=" in refusal(
+        path, "parallel.tp=5", "model.pattern=mamba1", world_size=5
+    )
     assert "train.recompute=full" in refusal(
         path,
         "parallel.pp=2",
