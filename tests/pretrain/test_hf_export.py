@@ -30,7 +30,6 @@ from headrace.pretrain.saved_run import parameter_shapes
 transformers = pytest.importorskip("transformers")
 core_model_loading = pytest.importorskip("transformers.core_model_loading")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 MAMBA2 = Mamba2Config(head_dim=8, d_state=8)
 ATTENTION = AttentionConfig(num_heads=4)

@@ -21,7 +21,6 @@ from headrace.pretrain.hf.verify import load_stock_model
 
 pytest.importorskip("transformers")
 jamba = pytest.importorskip("transformers.models.jamba.modeling_jamba")
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 
 def stock_layer(layer, x_BLD):

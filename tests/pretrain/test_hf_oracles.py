@@ -15,7 +15,6 @@ from headrace.pretrain.hf.verify import load_stock_model
 pytest.importorskip("transformers")
 from transformers.core_model_loading import revert_weight_conversion
 
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 TOLERANCE = 1e-4
 MODEL_TYPES = [*hf_models.MODEL_TYPES, *hf_models.EXPERT_MODELS]
 CASES = [(model_type, seed) for model_type in MODEL_TYPES for seed in range(10 if model_type != "jamba" else 3)]
