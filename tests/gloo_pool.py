@@ -28,6 +28,9 @@ from typing import Any
 MAX_WORKERS = 16
 # After one rank fails, its peers get this long to fail by themselves before they are killed.
 GRACE_S = 5.0
+# gloo now and then does not find together, on a busy machine most: then all ranks are started anew.
+CONNECT_S = 60.0
+CONNECT_TRIES = 3
 
 
 class WorkerError(AssertionError):
@@ -65,23 +68,28 @@ class GlooPool:
         `function` is a top-level function of any module; `args` and results are pickled. Inside, `torch.distributed`
         is initialised (rank, world size, a FileStore in a fresh folder) and is torn down afterwards.
         Raises `WorkerError` when a rank raises, dies, or is not done after `timeout_s`; a worker that does not come
-        back is replaced, so the next call starts clean.
+        back is replaced, so the next call starts clean. The time begins when all ranks are in the group.
         """
         if not 1 <= world_size <= MAX_WORKERS:
             raise ValueError(f"world_size={world_size} is outside 1..{MAX_WORKERS}")
         while len(self._workers) < world_size:
             self._workers.append(_start_worker())
-        folder = tempfile.mkdtemp(prefix="gloo-")
-        try:
-            address = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
-            payload = pickle.dumps(args)
-            for rank, worker in enumerate(self._workers[:world_size]):
-                call = (address, rank, world_size, str(Path(folder, "store")), timeout_s)
-                worker.link.send_bytes(pickle.dumps(call))
-                worker.link.send_bytes(payload)
-            replies = self._collect(world_size, timeout_s)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        address = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
+        payload = pickle.dumps(args)
+        for _ in range(CONNECT_TRIES):
+            folder = tempfile.mkdtemp(prefix="gloo-")
+            try:
+                for rank, worker in enumerate(self._workers[:world_size]):
+                    call = (address, rank, world_size, str(Path(folder, "store")), timeout_s)
+                    worker.link.send_bytes(pickle.dumps(call))
+                    worker.link.send_bytes(payload)
+                if self._are_connected(world_size):
+                    replies = self._collect(world_size, timeout_s)
+                    break
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            raise WorkerError(f"gloo did not connect {world_size} ranks in {CONNECT_TRIES} tries of {CONNECT_S:g} s")
         failures = [(rank, text) for rank, (good, text) in replies.items() if not good]
         if failures:  # dictionaries keep order: the rank that failed first is the likely cause, and comes first
             name = function.__qualname__
@@ -94,6 +102,20 @@ class GlooPool:
             worker.process.kill()
             worker.stop()
         self._workers.clear()
+
+    def _are_connected(self, world_size: int) -> bool:
+        """Whether every rank says that it is in the group; if not, all are replaced."""
+        deadline = time.monotonic() + CONNECT_S
+        for worker in self._workers[:world_size]:
+            try:
+                if worker.link.poll(max(0.0, deadline - time.monotonic())) and pickle.loads(worker.link.recv_bytes()):
+                    continue
+            except (EOFError, OSError):
+                pass
+            for rank in range(world_size):
+                self._replace(rank)
+            return False
+        return True
 
     def _collect(self, world_size: int, timeout_s: float) -> dict[int, tuple[bool, Any]]:
         """Replies by rank, in order of arrival: (True, result) or (False, what went wrong)."""
@@ -144,19 +166,22 @@ def _serve(descriptor: int, parent: int) -> None:
 
     torch.set_num_threads(1)
     link = Connection(descriptor)
+    excepthook = sys.excepthook  # each process group wraps it once more
     while True:
+        sys.excepthook = excepthook
         try:
             address, rank, world_size, store, timeout_s = pickle.loads(link.recv_bytes())
             payload = link.recv_bytes()
-        except EOFError:
-            return
-        try:
-            reply = pickle.dumps((True, _call(address, rank, world_size, store, timeout_s, payload)))
-        except BaseException:
-            reply = pickle.dumps((False, traceback.format_exc()))
-        try:
+            connected = _connect(rank, world_size, store, timeout_s)
+            link.send_bytes(pickle.dumps(connected))
+            if not connected:
+                continue
+            try:
+                reply = pickle.dumps((True, _call(address, payload)))
+            except BaseException:
+                reply = pickle.dumps((False, traceback.format_exc()))
             link.send_bytes(reply)
-        except BrokenPipeError:
+        except (EOFError, OSError):
             return
 
 
@@ -167,25 +192,33 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _call(
-    address: tuple[str, str, str], rank: int, world_size: int, store: str, timeout_s: float, payload: bytes
-) -> Any:
+def _connect(rank: int, world_size: int, store: str, timeout_s: float) -> bool:
+    """Join the group of a call; False where gloo fails to."""
     import torch.distributed as dist
 
-    module, file, name = address
-    function: Any = _load_module(module, file)
-    for part in name.split("."):
-        function = getattr(function, part)
-    args = pickle.loads(payload)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
     try:
-        return function(*args)
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=max(timeout_s, CONNECT_S)),
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+def _call(address: tuple[str, str, str], payload: bytes) -> Any:
+    """The function's result; the group is left afterwards."""
+    import torch.distributed as dist
+
+    try:
+        module, file, name = address
+        function: Any = _load_module(module, file)
+        for part in name.split("."):
+            function = getattr(function, part)
+        return function(*pickle.loads(payload))
     finally:
         dist.destroy_process_group()
         _forget_meshes()
