@@ -159,7 +159,9 @@ def _traffic_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str
     lines += _axis_lines(found.sent.items())
     if any(entry.axis == "ep" for entry in found.sent):
         lines.append("  over ep as many tokens are counted as are expected where all experts are alike to the router;")
-        lines.append("  a run sends what its router decides: the record `routing` in metrics.jsonl tells how uneven it is")
+        lines.append(
+            "  a run sends what its router decides: the record `routing` in metrics.jsonl tells how uneven it is"
+        )
     return lines
 
 

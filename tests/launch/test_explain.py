@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from headrace.data import Batch
 from headrace.launch.cli import main
 from headrace.launch.explain import format_explanation
+from headrace.model.ffns.moe import MoEConfig
 from headrace.model.presets import PRESETS
+from headrace.parallel.dry_run import share_that_needs
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.traffic import Sent, Traffic
 from headrace.pretrain.config import Config, load_config
@@ -52,6 +55,8 @@ kind = "muon"
 warmup_steps = 2
 """
 
+# Every token goes to every expert, so that what is sent does not depend on decisions, which a dry run cannot know.
+MOE = ["model.pattern=2*(mamba2 moe) attention moe", "model.moe.num_experts=4", "model.moe.top_k=4"]
 LAYOUTS = {
     "tp cp": ["parallel.tp=2", "parallel.cp=2", "train.recompute=full"],
     "fsdp tp": ["parallel.tp=2", "parallel.dp_shard=2", "parallel.reshard_after_forward=false"],
@@ -60,6 +65,9 @@ LAYOUTS = {
     "cp": ["parallel.cp=4", "parallel.cp_virtual=2", "parallel.cp_exchange=doubling", "optimizer.kind=adamw"],
     "pp": ["parallel.pp=2", "parallel.tp=2", "train.batch_rows=4"],
     "interleaved": ["parallel.pp=2", "parallel.pp_stages=2", "parallel.pp_schedule=interleaved", "train.batch_rows=16"],
+    "ep": ["parallel.dp_shard=4", "parallel.ep=2", *MOE, "model.moe.d_shared=8", "train.batch_rows=12"],
+    "ep tp": ["parallel.dp_shard=2", "parallel.tp=2", "parallel.ep=2", *MOE, "model.moe.balance=bias"],
+    "ep over tp": ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.ep_over_tp=true", *MOE],
     "zero bubble": ["parallel.pp=2", "parallel.pp_stages=2", "parallel.pp_schedule=zero_bubble", "parallel.cp=2"],
 }
 
@@ -86,6 +94,7 @@ def real_update(config: Config) -> tuple[Counter[Sent], dict[str, int], int]:
         engine.clip_gradients(config.train.clip_norm)
         for optimizer in optimizers:
             optimizer.step(1.0, torch.zeros(()))
+        engine.routing.finish_step(engine.models, torch.zeros(()))
     parameters = {name: local_part(p).nbytes for name, p in engine.named_parameters().items()}
     state = sum(local_part(t).nbytes for optimizer in optimizers for t in optimizer.state().values())
     return Counter(traffic.sent), parameters, state
@@ -118,6 +127,39 @@ def test_a_page(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "over cp:",
     ):
         assert part in page, part
+
+
+def test_a_page_of_experts(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["parallel.ep=4", "parallel.tp=2", "parallel.dp_replicate=2", "--rank", "6", "train.batch_rows=16"]
+    assert main(["explain", str(path), *layout, *MOE, "model.moe.num_experts=16", "model.moe.d_shared=8"]) == 0
+    page = capsys.readouterr().out
+    model = load_config(path, [*MOE, "model.moe.num_experts=16", "model.moe.d_shared=8"]).model
+    for part in (
+        "16 processes: pp 1 x dp_replicate 2 x dp_shard 4 x cp 1 x tp 2",
+        "experts 12-15 of 16 are here (ep 4, carved out of dp_shard x cp; expert_shard 1); a token goes to 4",
+        "dp_replicate: Replicate, ep: Shard(0), tp: Shard(2)",
+        f"{model.num_params():,} parameters, of which each token meets {model.num_active_params():,}",
+        "all_to_all",
+        "as many tokens are counted as are expected",
+    ):
+        assert part in page, part
+    assert all(len(line) <= 120 for line in page.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups", "top_groups", "own"),
+    [(8, 2, 1, 1, 4), (8, 2, 4, 2, 2), (12, 3, 2, 1, 4), (12, 3, 3, 2, 6), (6, 6, 1, 1, 2)],
+)
+def test_how_many_tokens_need_a_rank(experts: int, top_k: int, groups: int, top_groups: int, own: int) -> None:
+    """By going through all choices that a router can make."""
+    config = MoEConfig(num_experts=experts, top_k=top_k, num_groups=groups, top_groups=top_groups)
+    there = range(own, 2 * own)
+    choices = [
+        set(choice) & set(there)
+        for chosen in combinations(range(groups), top_groups)
+        for choice in combinations([x for x in range(experts) if x // (experts // groups) in chosen], top_k)
+    ]
+    assert share_that_needs(config, there) == pytest.approx(sum(map(bool, choices)) / len(choices))
 
 
 def test_one_process_sends_nothing(path: Path) -> None:
