@@ -11,6 +11,7 @@ import hf_models
 from headrace.errors import UserError
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
+from headrace.model.ffns.moe import MoEConfig
 from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba1 import Mamba1Config
 from headrace.model.mixers.mamba2 import Mamba2Config
@@ -30,6 +31,8 @@ TINY = {
 }
 NO_ROPE = AttentionConfig(num_heads=4)
 LIMITED = dataclasses.replace(TINY["mamba2"], dt_limit=(0.0, 0.3))
+SIGMOID = {"score": "sigmoid", "balance": "bias", "activation": "relu2"}
+NORMED = Mamba1Config(d_state=4, inner_norms=True)
 CONFIGS = {
     "pure mamba2": ModelConfig(**TINY, pattern="3*mamba2"),
     "pure mamba1": ModelConfig(**TINY, pattern="3*mamba1", mamba1=Mamba1Config(d_state=4)),
@@ -42,6 +45,23 @@ CONFIGS = {
     "nemotron without attention": ModelConfig(**TINY, pattern="mamba2 mlp", mlp=MLPConfig(activation="relu2")),
     "granite with rope": ModelConfig(**TINY, pattern="2*(mamba2 mlp) attention mlp"),
     "granite without attention": ModelConfig(**TINY, pattern="2*(mamba2 mlp)"),
+    "nemotron with experts": ModelConfig(
+        **{**TINY, "attention": NO_ROPE}, pattern="mamba2 moe attention moe", moe=MoEConfig(d_hidden=24, **SIGMOID)
+    ),
+    "nemotron with experts, without attention": ModelConfig(
+        **TINY, pattern="2*(mamba2 moe)", moe=MoEConfig(d_hidden=24, **SIGMOID)
+    ),
+    "granite with experts": ModelConfig(
+        **TINY, pattern="mamba2 moe attention moe", moe=MoEConfig(d_hidden=24, renormalize=True)
+    ),
+    "jamba": ModelConfig(
+        **{**TINY, "attention": NO_ROPE},
+        pattern="mamba1 moe attention mlp",
+        mamba1=NORMED,
+        mlp=MLPConfig(d_hidden=24),
+        moe=MoEConfig(d_hidden=24),
+    ),
+    "jamba without attention": ModelConfig(**TINY, pattern="2*(mamba1 moe)", mamba1=NORMED, moe=MoEConfig(d_hidden=24)),
     "bamba": ModelConfig(**TINY, pattern="mamba2 mlp attention mlp", mlp=MLPConfig(bias=True)),
     "bamba without attention": ModelConfig(**TINY, pattern="mamba2 mlp", mlp=MLPConfig(bias=True)),
 }
@@ -63,7 +83,7 @@ def test_greedy_equals_the_stock_class(name, tmp_path):
     pytest.importorskip("transformers")
     model = hf_models.random_model(CONFIGS[name], 4)
     stock = choose_stock_class(model.config)
-    assert name.split()[0] not in ("nemotron", "granite", "bamba") or name.split()[0] in stock.model_type
+    assert name.split()[0] not in ("nemotron", "granite", "bamba", "jamba") or name.split()[0] in stock.model_type
     hf_models.write_folder(model, stock, tmp_path)
     prompt = [1, 17, 300, 17, 4]
     ours = list(generate_tokens(model, prompt, GREEDY, eos_id=-1))
