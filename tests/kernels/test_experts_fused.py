@@ -78,7 +78,7 @@ def test_as_exact_as_the_definitions(kind: str, T: int, k: int, X: int) -> None:
     judge_products(ends_X, S, 9, 20)
 
 
-@pytest.mark.parametrize(("T", "k", "X"), [(0, 2, 3), (150, 1, 7)])
+@pytest.mark.parametrize(("T", "k", "X"), [(0, 2, 3), (150, 1, 7), (3, 11, 4)])
 def test_no_tokens_and_many(T: int, k: int, X: int) -> None:
     place_Tk, ends_X = judge_order(chosen("dropped", T, k, X), X)
     judge_rows(place_Tk, int(ends_X[-1]), 3)

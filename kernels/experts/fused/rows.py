@@ -13,6 +13,9 @@ from ...launch import architecture, launch
 from ...tiles import tile
 from ..rows import key_dtype
 
+# Rows of a token that are under way together when they are added up; more would not fit into registers.
+COPIES_AT_ONCE = 8
+
 
 def order_copies(experts_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the row of every copy, `(T, k)` int64, and the end of every expert's rows, `(X,)` int32."""
@@ -85,6 +88,7 @@ def combine_rows(y_SD: Tensor, weight_Tk: Tensor | None, place_Tk: Tensor) -> Te
         S=S,
         D=D,
         COPIES=copies,
+        AT_ONCE=max(1, min(copies, COPIES_AT_ONCE)),
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
@@ -210,7 +214,8 @@ def _expert_clear_kernel(out_ptr, named_ptr, S, D, ROWS: tl.constexpr, BLOCK: tl
 @triton.jit
 def _places_of_copy(place_ptr, token, j, T, S, COPIES: tl.constexpr):
     # The rows of copy j, and whether there are such.
-    place = tl.load(place_ptr + token * COPIES + j, mask=token < T, other=-1)
+    copy = tl.zeros_like(token) + j
+    place = tl.load(place_ptr + token * COPIES + copy, mask=(token < T) & (copy < COPIES), other=-1)
     return place, (place >= 0) & (place < S)
 
 
@@ -246,6 +251,7 @@ def _expert_combine_kernel(
     S,
     D,
     COPIES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -253,13 +259,15 @@ def _expert_combine_kernel(
     token = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for j in tl.static_range(COPIES):
-        place, there = _places_of_copy(place_ptr, token, j, T, S, COPIES)
-        inside = there[:, None] & (column < D)
-        y = tl.load(y_ptr + place[:, None] * D + column, mask=inside, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + token * COPIES + j, mask=there, other=0.0)[:, None]
-        total += y
+    for first in range(0, COPIES, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            j = first + i
+            place, there = _places_of_copy(place_ptr, token, j, T, S, COPIES)
+            inside = there[:, None] & (column < D)
+            y = tl.load(y_ptr + place[:, None] * D + column, mask=inside, other=0.0).to(tl.float32)
+            if weight_ptr is not None:
+                y *= tl.load(weight_ptr + token * COPIES + j, mask=there, other=0.0)[:, None]
+            total += y
     tl.store(out_ptr + token[:, None] * D + column, total, mask=(token < T)[:, None] & (column < D))
 
 
