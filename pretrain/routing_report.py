@@ -129,7 +129,7 @@ def _draw_load(axes: "Axes", curves: RoutingCurves, theme: Theme) -> str:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     bar = axes.figure.colorbar(image, ax=axes, label="load over the mean", pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     worst, (layer, expert) = _largest(load)
     return (
         f"Load of each expert over the mean of its layer, in the last {LAST_RECORDS} records at most: from "
