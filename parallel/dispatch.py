@@ -125,8 +125,8 @@ def dispatch_over_ranks(
 ) -> tuple[Tensor, Tensor | None]:
     """The seam `dispatch` where rank r of `group` has the r-th share of the experts. Collective.
 
-    How many tokens each rank gets is not known beforehand: the host waits for these counts once a layer and direction
-    of time, while nothing else is in flight. `meanwhile` runs while tokens travel.
+    How many tokens each rank gets is not known beforehand: going forward, the host waits for these counts once a layer.
+    `meanwhile` runs while tokens travel.
     """
     own = experts.num_experts // dist.get_world_size(group)
     place_TR, trip = plan(experts_Tk, own, group)

@@ -97,7 +97,8 @@ def fill_run(
     facts = data_facts(config, rows.dataset)
     progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
     kernels = choose_kernels(config, world.device)
-    record = {"layout": mesh.degrees, "data": facts, "resumed_at": progress.step, "kernels": kernels}
+    carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
+    record = {"layout": mesh.degrees | carved, "data": facts, "resumed_at": progress.step, "kernels": kernels}
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
