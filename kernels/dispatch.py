@@ -58,6 +58,11 @@ def choose_backend(operator: str, backend: str, x: Tensor, obstacle: str | None 
     return "torch"
 
 
+def asked_for(backend: str) -> str:
+    """The backend that is asked for by name, by a call or else for the run; `auto` when by neither."""
+    return _of_run if backend == "auto" else backend
+
+
 def interpreting() -> bool:
     """Whether Triton kernels are interpreted on the CPU (`TRITON_INTERPRET=1`, for tests)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

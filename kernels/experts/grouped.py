@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import choose_backend
+from ..dispatch import asked_for, choose_backend
 from .reference import grouped_linear_reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,8 +21,9 @@ def grouped_linear(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, *, backend:
         x_SF: rows ordered by expert, float64, float32, bfloat16 or float16 (summed in float32).
         weight_XOF: in the dtype of `x`.
         ends_X: int32, not decreasing, from `expert_order`: expert x has the rows from `ends[x - 1]` to `ends[x]`.
-        backend: as in `kernels.dispatch`. On GPUs the Triton kernels never wait for `ends`, nor does PyTorch for
-            bfloat16 whose widths are multiples of 8; for other dtypes and widths PyTorch's way reads them first.
+        backend: as in `kernels.dispatch`, but `auto` takes PyTorch's grouped product where the GPU has one (Hopper and
+            later; bfloat16 whose widths are multiples of 8). Neither that nor the Triton kernels wait for `ends`; for
+            other dtypes and widths PyTorch's way reads them first.
 
     Returns:
         `(S, O)` in the dtype of `x`. Rows that no expert has are zero, so are their gradients and the gradient of an
@@ -43,6 +44,8 @@ def grouped_linear(x_SF: Tensor, weight_XOF: Tensor, ends_X: Tensor, *, backend:
         devices = f"{x_SF.device}, {weight_XOF.device}, {ends_X.device}"
         raise ValueError(f"x, weight and ends are on {devices}; give one device")
     obstacle = f"{len(x_SF)} rows are more than {MAX_FUSED_ROWS}" if len(x_SF) > MAX_FUSED_ROWS else None
+    if asked_for(backend) == "auto" and _has_grouped_mm(x_SF, weight_XOF):
+        backend = "torch"
     backend = choose_backend("grouped_linear", backend, x_SF, obstacle)
     if backend == "reference":
         return grouped_linear_reference(x_SF, weight_XOF, ends_X)
@@ -103,10 +106,12 @@ def _(dy_SO: Tensor, x_SF: Tensor, ends_X: Tensor, fused: bool) -> Tensor:
 def _has_grouped_mm(*tensors: Tensor) -> bool:
     """Whether PyTorch multiplies such tensors group by group on their GPU, without asking where groups end.
 
-    Its kernels take bfloat16 whose rows begin at multiples of 16 bytes.
+    Its kernels are for Hopper and later and take bfloat16 whose rows begin at multiples of 16 bytes.
     """
     return all(
         t.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(t.device)[0] >= 9
         and t.dtype == torch.bfloat16
         and len(t) > 0
         and all(size > 0 and size % 8 == 0 for size in t.shape[1:])
