@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from headrace.model.ffns.jitter import jittered
@@ -240,3 +241,30 @@ def test_the_bias_moves_towards_an_even_load() -> None:
 )
 def test_bad_options(options: dict[str, Any], line: str) -> None:
     assert MoEConfig(**options).problems(16) == [line]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"z_loss": 0.1, "jitter": 0.1, "d_shared": 3},
+        {
+            "num_experts": 6,
+            "score": "sigmoid",
+            "balance": "bias",
+            "num_groups": 3,
+            "top_groups": 2,
+            "renormalize": True,
+        },
+        {"balance": "sinkhorn", "top_k": 1, "chunk": 3, "balance_scope": "batch"},
+    ],
+    ids=str,
+)
+def test_the_host_waits_for_nothing(options: dict[str, Any]) -> None:
+    """Tensors without values: whoever looked at one, to choose a shape or a path by it, would fail."""
+    moe, pass_ = build(**options), training()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(draw_x()).requires_grad_()
+        out = moe(x, context(pass_))
+        out.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
