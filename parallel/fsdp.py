@@ -1,13 +1,14 @@
 """Shard a model over the data axes (FSDP2) and fill it with its initial values."""
 
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..model.ffns.moe import Experts
 from ..model.lm import HybridLM
@@ -46,11 +47,32 @@ def shard_model(
                 # So few that gathering them twice costs more than keeping them.
                 fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=uncast)
             if expert_mesh is not None and isinstance(module, Experts):
-                fully_shard(module, mesh=expert_mesh, reshard_after_forward=reshard, mp_policy=policy)
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+                place = partial(_placement, ranks=expert_mesh.size(-1))
+                fully_shard(
+                    module, mesh=expert_mesh, reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
+                )
+        place = partial(_placement, ranks=mesh.size(-1))
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place)
     _prefetch(list(model.layers.values()))
     # The root's parameters are needed from the first operation to the last: gathering them twice gains nothing.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+
+
+def _placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Where FSDP cuts a stack of experts' matrices when there are not enough experts for all ranks; None: dimension 0.
+
+    Along the model's width, which tensor parallelism leaves whole. FSDP cuts no other dimension than 0 unevenly.
+    """
+    if parameter.ndim != 3:
+        return None
+    cut = set()
+    local = parameter.detach()
+    if isinstance(local, DTensor):
+        cut = {placement.dim for placement in local.placements if isinstance(placement, Shard)}
+        local = local.to_local()
+    if local.shape[0] % ranks == 0:
+        return None
+    return next((Shard(dim) for dim in (1, 2) if dim not in cut and local.shape[dim] % ranks == 0), None)
 
 
 def _prefetch(blocks: list[nn.Module]) -> None:

@@ -33,6 +33,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "tp2-dp2-ep2": (4, {"tp": 2, "ep": 2}),
     "tp2-cp2-ep4": (4, {"tp": 2, "cp": 2, "ep": 4, "ep_over_tp": "true"}),
     "pp2-dp3-ep3": (6, {"pp": 2, "ep": 3}),
+    "cp4-dp2": (8, {"cp": 4}),  # more ranks than experts: cut along another dimension
 }
 EXPERTS = (
     'model.pattern="mamba2 moe mamba2 moe"',
