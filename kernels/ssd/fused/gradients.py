@@ -197,19 +197,17 @@ def _ssd_gradients_kernel(
 
         # Between the tokens of the chunk.
         dmixing = tl.zeros((Q, Q), tl.float32)
-        head_dD = 0.0
         for block in range(0, BLOCKS_P):
             p = block * BLOCK_P + p0
             at_p = in_chunk & (p < P)[None, :]
             x = tl.load(x_at + (q[:, None] * x_token + p[None, :]), mask=at_p, other=0.0)
             dy = tl.load(dy_at + (q[:, None] * (H * P) + p[None, :]), mask=at_p, other=0.0)
             dmixing += tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-            if D_WIDTH == 1:
-                head_dD += tl.sum(x.to(tl.float32) * dy.to(tl.float32))
             if D_WIDTH > 1:
                 dD = tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)
                 tl.store(dheads_ptr + of_sums + 1 + p, tl.where(columns == 0, dD, 0.0), mask=p < P)
         if D_WIDTH == 1:
+            head_dD = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], dmixing, 0.0), 1), 0)
             tl.store(dheads_ptr + of_sums + 1, tl.where(columns == 0, head_dD, 0.0))
         # Decays without step sizes, whose gradient is wanted apart: `log` stands in for `from`.
         visible = sees(start_ptr, start_at, h, Q)
