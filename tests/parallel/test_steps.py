@@ -118,7 +118,6 @@ def test_recomputation_gives_the_same_bits(gloo: Callable, parallel: ParallelCon
     "parallel",
     [
         ParallelConfig(tp=2),
-        ParallelConfig(cp=2),
         ParallelConfig(cp=2, cp_layout="zigzag", cp_attention="ring"),
         ParallelConfig(pp=2),
     ],
