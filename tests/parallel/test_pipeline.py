@@ -84,7 +84,7 @@ def pipeline_step(
     for _ in range(case.steps):
         for model in models:
             model.zero_grad()
-        options = {"micro_rows": case.micro_rows, "scale": torch.tensor(mesh.grad_ranks / count)}
+        options = {"micro_rows": case.micro_rows, "scale": torch.tensor(mesh.grad_ranks / count, dtype=torch.float64)}
         number = torch.arange(tokens.numel()).view_as(tokens)
         loss_sum = pipeline.step(tokens[share], targets[share], mine, number_BL=number[share], **options)
         for model in models:
