@@ -6,7 +6,9 @@ vocabulary 50,277 padded to a multiple of 8).
 vocabulary 50,277 padded to a multiple of 16). `mamba2-hybrid-8b`: Waleffe et al. 2024, arXiv:2406.07887, section 3,
 with the released checkpoint's arguments (no positions, no biases, GELU, untied).
 `moe-mamba-*`: Pióro et al. 2024, arXiv:2401.04081, sizes without embeddings: 42 experts of two matrices, three times as
-wide as the model, make the published totals. Its Switch layers drop what is above an expert's capacity; ours do not.
+wide as the model, make the published totals, from which they and the 100M sizes were solved, as were those of
+`blackmamba-1.5b`; no other source for them was at hand. Its Switch layers drop what is above an expert's capacity; ours
+do not.
 `blackmamba-*`: Anthony et al. 2024, arXiv:2402.01771, with the released arguments, whose width of an expert is that of
 each of its first two matrices. The released weights differ: biases of routers, a final LayerNorm with bias, GELU as the
 gate, and Sinkhorn on doubled logits until it converges.
@@ -91,7 +93,8 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
-# Totals as their authors give them (the hybrid 8B rounded down), and what a token meets of it.
+# Totals as their authors give them (the hybrid 8B rounded down), and what a token meets of it; that of MoE-Mamba
+# follows from the sizes above and was not read in a source.
 PUBLISHED: dict[str, str] = {
     "mamba-130m": "130M",
     "mamba-370m": "370M",

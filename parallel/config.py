@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from ..model.layer import divisors
+
 Exchange = Literal["auto", "chain", "doubling", "gather"]
 
 
@@ -109,7 +111,7 @@ class ParallelConfig:
         if prod(degrees.values()) % self.ep == 0:
             return []
         axes = " x ".join(f"{name}={degree}" for name, degree in degrees.items())
-        fitting = ", ".join(str(n) for n in range(1, prod(degrees.values()) + 1) if prod(degrees.values()) % n == 0)
+        fitting = divisors(prod(degrees.values()))
         return [
             f"parallel.ep={self.ep} does not divide the {axes} ranks that hold different tokens; use one of {fitting}"
         ]

@@ -131,23 +131,17 @@ def dispatch_over_ranks(
     own = experts.num_experts // dist.get_world_size(group)
     place_TR, trip = plan(experts_Tk, own, group)
     local_Sk = _numbers_for_ranks(experts_Tk, own, place_TR, trip.sent)
-    tokens, weights, home = Flight(trip), Flight(trip), Flight(trip.back())
+    tokens, weights, numbers, home = Flight(trip), Flight(trip), Flight(trip), Flight(trip.back())
     sent_SD = StartTrip.apply(permute(x_TD, place_TR, trip.sent), tokens)
     sent_Sk = StartTrip.apply(permute(weights_Tk, place_TR, trip.sent), weights)
-    arrived_Sk = _send(local_Sk, trip)
+    numbers.start(local_Sk, trip)
     done = meanwhile()
     weights_Sk, x_SD = FinishTrip.apply(sent_Sk, weights), FinishTrip.apply(sent_SD, tokens)
-    place_Sk, ends_X = expert_order(arrived_Sk.long(), own)
+    place_Sk, ends_X = expert_order(numbers.wait().long(), own)
     y_SD = unpermute(experts(permute(x_SD, place_Sk, trip.copies), ends_X), weights_Sk, place_Sk)
     back_SD = FinishTrip.apply(StartTrip.apply(y_SD, home), home)
     ones_TR = torch.ones(place_TR.shape, dtype=weights_Tk.dtype, device=x_TD.device)
     return unpermute(back_SD, ones_TR, place_TR), done
-
-
-def _send(rows: Tensor, trip: Trip) -> Tensor:
-    arrived = rows.new_empty(sum(trip.arrivals), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), trip.arrivals, trip.counts, group=trip.group)
-    return arrived
 
 
 class Flight:

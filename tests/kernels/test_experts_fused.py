@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from expert_choices import chosen, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,22 +22,6 @@ from judge import assert_as_exact, poisoned_memory
 pytestmark = pytest.mark.interpreted
 
 KINDS = ["uniform", "one expert", "dropped", "nobody"]
-
-
-def chosen(kind: str, T: int, k: int, X: int) -> Tensor:
-    """Which expert each copy goes to; of `dropped` copies a third go nowhere."""
-    generator = torch.Generator().manual_seed(T)
-    uniform_Tk = torch.randint(X, (T, k), generator=generator)
-    return {
-        "uniform": uniform_Tk,
-        "one expert": torch.full((T, k), X // 2),
-        "dropped": uniform_Tk.masked_fill(torch.rand(T, k, generator=generator) < 0.33, -1),
-        "nobody": torch.full((T, k), -1),
-    }[kind]
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def judge_order(experts_Tk: Tensor, X: int) -> tuple[Tensor, Tensor]:
