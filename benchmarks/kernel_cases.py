@@ -29,6 +29,30 @@ def _swiglu(device: str, dtype: torch.dtype) -> None:
     swiglu_backward(dout, gate, up)
 
 
+def _adamw_8bit(rows: int, columns: int) -> Callable[[str, torch.dtype], None]:
+    """A parameter of whole blocks, and the part of one that begins and ends inside blocks."""
+
+    def run(device: str, dtype: torch.dtype) -> None:
+        from headrace.kernels.adamw_8bit import BlockGrid, Moments, Rounding, Update
+        from headrace.kernels.adamw_8bit.fused import fused_maxima, fused_update
+
+        p, grad = random(device, dtype, rows, columns), random(device, torch.float32, rows, columns)
+        step, skip = torch.ones((), device=device), torch.zeros((), device=device)
+        update = Update(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=step, skip=skip)
+        rounding = Rounding(7, torch.arange(rows, device=device)) if dtype == torch.bfloat16 else None
+        for grid in (BlockGrid.whole(columns, 256), BlockGrid(2 * columns + 100, 256, columns + 100, columns, 0)):
+            codes = [torch.zeros(rows, columns, dtype=torch.uint8, device=device) for _ in range(2)]
+            scales = [torch.zeros(rows, grid.num_blocks, device=device) for _ in range(2)]
+            moments = Moments(codes[0], scales[0], codes[1], scales[1])
+            maxima = None
+            if grid.offset:
+                maxima = torch.zeros(2, rows, grid.num_blocks, device=device)
+                fused_maxima(grad, moments, update, grid, maxima)
+            fused_update(p, grad, moments, update, grid, maxima, rounding)
+
+    return run
+
+
 def _ssd(*sizes: int, D_of: str = "head", plain: bool = False) -> Callable[[str, torch.dtype], None]:
     """The SSD recurrence of sizes B, L, H, P, G, N with everything: resets, D, states and their gradients.
 
@@ -207,6 +231,7 @@ def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 CASES = [
     KernelCase("swiglu 8192x5504", _swiglu),
+    KernelCase("adamw_8bit 4096x2560", _adamw_8bit(4096, 2560)),
     KernelCase("selective_scan 8x2048x5120 N16", _selective_scan(8, 2048, 5120, 16)),
     KernelCase("selective_scan 1x32768x5120 N16", _selective_scan(1, 32768, 5120, 16)),
     KernelCase("selective_scan 8x2048x4096 N32", _selective_scan(8, 2048, 4096, 32)),

@@ -79,6 +79,7 @@ TYPES = {
     "torch.int64": "i64",
     "torch.int16": "i16",
     "torch.int8": "i8",
+    "torch.uint8": "u8",
     "torch.int32": "i32",
     "torch.bool": "i1",
 }

@@ -34,6 +34,14 @@ def largest_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def largest_of_each(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """The elementwise maximum of each of `tensors` over `group`, in place, by one message. Collective."""
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=group)
+    for tensor, largest in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(largest.view(tensor.shape))
+
+
 def do_together(action: Callable[[], T]) -> T:
     """`action()` on every process; what any of them met is raised on all, so that none waits for one that left.
 

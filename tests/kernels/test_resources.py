@@ -12,7 +12,8 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # The selective scan has a kernel for each size of state: all its compilations would take minutes.
 PARTS = {
     **dict.fromkeys(
-        ("ssd_", "conv1d_", "cross_entropy", "norm_", "swiglu", "chunk_sums", "expert_", "grouped_"), ARCHITECTURES
+        ("ssd_", "conv1d_", "cross_entropy", "norm_", "swiglu", "chunk_sums", "expert_", "grouped_", "adamw_8bit"),
+        ARCHITECTURES,
     ),
     "selective_scan": ["sm_90"],
 }

@@ -1,0 +1,153 @@
+"""The public operator: one update of a parameter and its moments, in place."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose_backend
+from .blocked import maxima_of_blocks, update_blocks
+from .code_books import code_book
+from .grid import BlockGrid
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Both moments of a parameter `(R, C)`: codes `(R, C)`, uint8, and scales `(R, blocks)`, float32.
+
+    The first moment's codes are of the signed book, the second's of the unsigned one.
+    """
+
+    codes1: Tensor
+    scales1: Tensor
+    codes2: Tensor
+    scales2: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, columns: int, blocks: int, device: torch.device) -> "Moments":
+        """Moments before the first update."""
+        scales = [torch.zeros(rows, blocks, device=device) for _ in range(2)]
+        codes = [
+            torch.full((rows, columns), code_book(signed, device).zero, dtype=torch.uint8, device=device)
+            for signed in (True, False)
+        ]
+        return cls(codes[0], scales[0], codes[1], scales[1])
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of one AdamW update (arXiv:1711.05101, algorithm 2).
+
+    Attributes:
+        lr, beta1, beta2, eps, weight_decay: as in the paper, the decay times the learning rate.
+        step: float32 scalar on the device, this update's number, from 1 on; updates that were skipped do not count.
+        skip: float32 scalar on the device; where it is 1 nothing changes.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: Tensor
+    skip: Tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of a bfloat16 parameter: up as often as the rest is large.
+
+    The choice is a hash of the seed, the update's number and the element's place in the whole parameter.
+
+    Attributes:
+        seed: from 0 to 2^31 - 1.
+        row_R: the whole parameter's row that each row of this part is, int64.
+    """
+
+    seed: int
+    row_R: Tensor
+
+
+def adamw_8bit_(
+    p_RC: Tensor,
+    grad_RC: Tensor,
+    moments: Moments,
+    update: Update,
+    *,
+    grid: BlockGrid,
+    maxima: Tensor | None = None,
+    rounding: Rounding | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update a part of a parameter and its moments in place (arXiv:2110.02861; decay as in arXiv:1711.05101).
+
+    Args:
+        p_RC: the part, float64, float32 or bfloat16, contiguous; computed in float32, or float64 for float64.
+        grad_RC: its gradient, of the same shape.
+        moments: changed in place; scales may have more columns than the part has blocks (`grid.scale_column`).
+        update: the numbers.
+        grid: where blocks begin and end.
+        maxima: (2, R, columns of the scales) from `block_maxima`, taken over all ranks that have parts of the blocks;
+            they become the scales. None where each block lies here whole.
+        rounding: how a bfloat16 parameter is rounded; None: to the nearest.
+        backend: `auto`, `torch` or `triton`.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or the backend cannot run.
+    """
+    _check(p_RC, grad_RC, moments, grid, maxima)
+    if rounding is not None and p_RC.dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding is for bfloat16 parameters, this one is {p_RC.dtype}")
+    if choose_backend("adamw_8bit", backend, p_RC) == "triton":
+        from .fused import fused_update
+
+        fused_update(p_RC, grad_RC.contiguous(), moments, update, grid, maxima, rounding)
+    else:
+        update_blocks(p_RC, grad_RC, moments, update, grid, maxima, rounding)
+    if maxima is not None:
+        keep = update.skip > 0
+        for scales, new in zip((moments.scales1, moments.scales2), maxima, strict=True):
+            scales.copy_(torch.where(keep, scales, new))
+
+
+def block_maxima(
+    grad_RC: Tensor, moments: Moments, update: Update, *, grid: BlockGrid, backend: str = "auto"
+) -> Tensor:
+    """The largest magnitude of both new moments in this part of each block, (2, R, columns of the scales), float32.
+
+    Zero in blocks of which nothing lies here. A maximum over ranks makes it what `adamw_8bit_` takes.
+    """
+    grad_RC = grad_RC.contiguous()
+    _check(grad_RC, grad_RC, moments, grid, None)
+    found = torch.zeros(2, *moments.scales1.shape, device=grad_RC.device)
+    if choose_backend("adamw_8bit", backend, grad_RC) == "triton":
+        from .fused import fused_maxima
+
+        fused_maxima(grad_RC, moments, update, grid, found)
+    else:
+        maxima_of_blocks(grad_RC, moments, update, grid, found)
+    return found
+
+
+def _check(p_RC: Tensor, grad_RC: Tensor, moments: Moments, grid: BlockGrid, maxima: Tensor | None) -> None:
+    rows, columns = p_RC.shape
+    if grad_RC.shape != p_RC.shape:
+        raise ValueError(f"the gradient has shape {tuple(grad_RC.shape)}, the parameter {tuple(p_RC.shape)}")
+    if columns != grid.columns:
+        raise ValueError(f"the parameter has {columns} columns and the grid {grid.columns}")
+    if not p_RC.is_contiguous():
+        raise ValueError(f"the parameter has strides {p_RC.stride()}; it is changed in place and must be contiguous")
+    for name in ("codes1", "codes2"):
+        codes = getattr(moments, name)
+        if codes.shape != p_RC.shape or codes.dtype != torch.uint8 or not codes.is_contiguous():
+            raise ValueError(f"{name} is {codes.dtype} {tuple(codes.shape)}; give contiguous uint8 {(rows, columns)}")
+    for name in ("scales1", "scales2"):
+        scales = getattr(moments, name)
+        fits = scales.ndim == 2 and len(scales) == rows and scales.shape[1] >= grid.scale_column + grid.num_blocks
+        if not fits or scales.dtype != torch.float32 or not scales.is_contiguous():
+            raise ValueError(
+                f"{name} is {scales.dtype} {tuple(scales.shape)}; give contiguous float32 of {rows} rows and "
+                f"{grid.scale_column + grid.num_blocks} columns"
+            )
+    if maxima is not None and maxima.shape != (2, *moments.scales1.shape):
+        raise ValueError(f"maxima have shape {tuple(maxima.shape)}, not {(2, *moments.scales1.shape)}")
