@@ -85,7 +85,7 @@ def test_all_mistakes_are_listed_at_once(path: Path) -> None:
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must be finite and not negative"),
         ("optimizer.muon.lr=0", "optimizer.muon.lr=0.0 must be positive and finite"),
         ("train.steps=true", "train.steps=True is not of type int"),
-        ("optimizer.kind=sgd", "optimizer.kind='sgd' is not one of 'adamw', 'muon'"),
+        ("optimizer.kind=sgd", "optimizer.kind='sgd' is not one of 'adamw', 'muon', 'low_rank'"),
         ("optimizer.betas=[0.9]", "optimizer.betas has 1 items; it needs 2"),
         ("model=3", "model=3 is not a table"),
         ("run.name=../up", "run.name='../up' must be letters"),
