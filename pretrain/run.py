@@ -92,7 +92,7 @@ def fill_run(
     """The rest of `build_run`, between opening the folder and the first step. Collective."""
     rows, heldout = data
     engine = build_engine(config, mesh, world)
-    optimizers = build_optimizers(engine.models, config.optimizer)
+    optimizers = build_optimizers(engine.models, config.optimizer, config.run.seed)
     tensors = training_tensors(engine.named_parameters(), optimizers)
     facts = data_facts(config, rows.dataset)
     progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()

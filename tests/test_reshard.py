@@ -88,22 +88,27 @@ def losses(config: Config) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("saved_as", "kind"),
-    [("tp2-cp2-dp2", "adamw"), ("tp2-pp2-dp2", "muon")],
+    ("saved_as", "kind", "more"),
+    [
+        ("tp2-cp2-dp2", "adamw", ()),
+        ("tp2-pp2-dp2", "muon", ()),
+        ("tp2-dp3", "adamw", ("optimizer.state_bits=8", "optimizer.block_size=16", "optimizer.min_8bit_size=0")),
+    ],
+    ids=["adamw", "muon", "8 bits"],
 )
 def test_a_checkpoint_goes_on_under_any_layout(
-    gloo: Callable, tmp_path: Path, data: Path, saved_as: str, kind: str
+    gloo: Callable, tmp_path: Path, data: Path, saved_as: str, kind: str, more: tuple[str, ...]
 ) -> None:
-    config = config_for(tmp_path, data, saved_as, kind)
+    config = config_for(tmp_path, data, saved_as, kind, *more)
     gloo(LAYOUTS[saved_as][0], run_until, config, 3, timeout_s=180)
     path = latest_checkpoint(checkpoints(config))
     gloo(LAYOUTS[saved_as][0], run_until, config, 6, timeout_s=180)
     expected = losses(config)
     for layout, (ranks, _) in LAYOUTS.items():
-        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}")
+        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}", *more)
         assert gloo(ranks, load_and_compare, other, str(path)) == [[]] * ranks, layout
     for layout in ("one", "pp2", "tp4", "cp3-dp2"):
-        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}")
+        other = config_for(tmp_path, data, layout, kind, f"run.name={layout}", *more)
         checkpoints(other).mkdir(parents=True)
         (checkpoints(other) / path.name).symlink_to(path)
         gloo(LAYOUTS[layout][0], run_until, other, 4)

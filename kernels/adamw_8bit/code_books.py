@@ -25,11 +25,6 @@ class CodeBook:
     thresholds: Tensor
     cells: Tensor
 
-    @property
-    def zero(self) -> int:
-        """The code of zero."""
-        return int((self.values == 0.0).nonzero())
-
     def nearest(self, x: Tensor) -> Tensor:
         """The codes (int32) of the values nearest to `x`, float32 of any shape; the lower of two as near."""
         cell = x.contiguous().view(torch.int32).flatten().bitwise_right_shift(16).bitwise_and_(0xFFFF)
@@ -39,6 +34,11 @@ class CodeBook:
     def lookup(self, codes: Tensor) -> Tensor:
         """The values (float32) of `codes`, uint8 of any shape."""
         return self.values.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def zero_code(signed: bool) -> int:
+    """The code of zero: so many values are below it."""
+    return 2**DECADES - 1 if signed else 0
 
 
 def dynamic_values(signed: bool) -> Tensor:

@@ -1,18 +1,18 @@
 """The public operator: one update of a parameter and its moments, in place."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend
 from .blocked import maxima_of_blocks, update_blocks
-from .code_books import code_book
+from .code_books import zero_code
 from .grid import BlockGrid
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Both moments of a parameter `(R, C)`: codes `(R, C)`, uint8, and scales `(R, blocks)`, float32.
 
     The first moment's codes are of the signed book, the second's of the unsigned one.
@@ -28,8 +28,7 @@ class Moments:
         """Moments before the first update."""
         scales = [torch.zeros(rows, blocks, device=device) for _ in range(2)]
         codes = [
-            torch.full((rows, columns), code_book(signed, device).zero, dtype=torch.uint8, device=device)
-            for signed in (True, False)
+            torch.full((rows, columns), zero_code(signed), dtype=torch.uint8, device=device) for signed in (True, False)
         ]
         return cls(codes[0], scales[0], codes[1], scales[1])
 
@@ -98,16 +97,11 @@ def adamw_8bit_(
     _check(p_RC, grad_RC, moments, grid, maxima)
     if rounding is not None and p_RC.dtype != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, this one is {p_RC.dtype}")
-    if choose_backend("adamw_8bit", backend, p_RC) == "triton":
-        from .fused import fused_update
-
-        fused_update(p_RC, grad_RC.contiguous(), moments, update, grid, maxima, rounding)
-    else:
-        update_blocks(p_RC, grad_RC, moments, update, grid, maxima, rounding)
-    if maxima is not None:
-        keep = update.skip > 0
-        for scales, new in zip((moments.scales1, moments.scales2), maxima, strict=True):
-            scales.copy_(torch.where(keep, scales, new))
+    seed, row_R = (0, None) if rounding is None else (rounding.seed, rounding.row_R)
+    _update(
+        p_RC, grad_RC, *moments, maxima, row_R, update.step, update.skip, _numbers(update), [*astuple(grid)],
+        seed, choose_backend("adamw_8bit", backend, p_RC) == "triton",
+    )  # fmt: skip
 
 
 def block_maxima(
@@ -119,14 +113,77 @@ def block_maxima(
     """
     grad_RC = grad_RC.contiguous()
     _check(grad_RC, grad_RC, moments, grid, None)
-    found = torch.zeros(2, *moments.scales1.shape, device=grad_RC.device)
-    if choose_backend("adamw_8bit", backend, grad_RC) == "triton":
+    fused = choose_backend("adamw_8bit", backend, grad_RC) == "triton"
+    numbers = _numbers(update)
+    return _maxima(grad_RC, *moments, update.step, update.skip, numbers, [*astuple(grid)], fused)
+
+
+def _numbers(update: Update) -> list[float]:
+    return [update.lr, update.beta1, update.beta2, update.eps, update.weight_decay]
+
+
+@torch.library.custom_op("headrace::adamw_8bit_", mutates_args=("p_RC", "codes1", "scales1", "codes2", "scales2"))
+def _update(
+    p_RC: Tensor,
+    grad_RC: Tensor,
+    codes1: Tensor,
+    scales1: Tensor,
+    codes2: Tensor,
+    scales2: Tensor,
+    maxima: Tensor | None,
+    row_R: Tensor | None,
+    step: Tensor,
+    skip: Tensor,
+    numbers: list[float],
+    grid: list[int],
+    seed: int,
+    fused: bool,
+) -> None:
+    moments, update = Moments(codes1, scales1, codes2, scales2), Update(*numbers, step, skip)
+    rounding = None if row_R is None else Rounding(seed, row_R)
+    if fused:
+        from .fused import fused_update
+
+        fused_update(p_RC, grad_RC.contiguous(), moments, update, BlockGrid(*grid), maxima, rounding)
+    else:
+        update_blocks(p_RC, grad_RC, moments, update, BlockGrid(*grid), maxima, rounding)
+    if maxima is not None:
+        for scales, new in zip((scales1, scales2), maxima, strict=True):
+            scales.copy_(torch.where(skip > 0, scales, new))
+
+
+@_update.register_fake
+def _(*_inputs: object) -> None:
+    return None
+
+
+@torch.library.custom_op("headrace::adamw_8bit_maxima", mutates_args=())
+def _maxima(
+    grad_RC: Tensor,
+    codes1: Tensor,
+    scales1: Tensor,
+    codes2: Tensor,
+    scales2: Tensor,
+    step: Tensor,
+    skip: Tensor,
+    numbers: list[float],
+    grid: list[int],
+    fused: bool,
+) -> Tensor:
+    moments, update = Moments(codes1, scales1, codes2, scales2), Update(*numbers, step, skip)
+    found = torch.zeros(2, *scales1.shape, device=grad_RC.device)
+    if fused:
         from .fused import fused_maxima
 
-        fused_maxima(grad_RC, moments, update, grid, found)
+        fused_maxima(grad_RC, moments, update, BlockGrid(*grid), found)
     else:
-        maxima_of_blocks(grad_RC, moments, update, grid, found)
+        maxima_of_blocks(grad_RC, moments, update, BlockGrid(*grid), found)
     return found
+
+
+@_maxima.register_fake
+def _(grad_RC: Tensor, codes1: Tensor, scales1: Tensor, *_rest: object) -> Tensor:
+    return scales1.new_empty(2, *scales1.shape)
 
 
 def _check(p_RC: Tensor, grad_RC: Tensor, moments: Moments, grid: BlockGrid, maxima: Tensor | None) -> None:

@@ -12,32 +12,31 @@ class AdamW:
 
     Args:
         parameters: name to parameter, plain or DTensor.
-        decayed: names that take weight decay.
         lr: peak learning rate.
-        betas, eps, weight_decay: as in the paper's algorithm 2.
+        betas, eps: as in the paper's algorithm 2.
+        weight_decay: of each parameter, by name.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, torch.Tensor],
-        decayed: frozenset[str],
         *,
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        weight_decay: float,
+        weight_decay: Mapping[str, float],
     ) -> None:
         self.parameters = dict(parameters)
         self.lr = lr
         self.local = {name: local_part(parameter) for name, parameter in self.parameters.items()}
         groups = [
             {
-                "params": [self.local[name] for name in self.local if (name in decayed) is with_decay],
+                "params": [local for name, local in self.local.items() if weight_decay[name] == decay],
                 "weight_decay": decay,
             }
-            for with_decay, decay in ((True, weight_decay), (False, 0.0))
+            for decay in dict.fromkeys(weight_decay[name] for name in self.local)
         ]
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+        self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         for local in self.local.values():
             self.inner.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),

@@ -41,10 +41,12 @@ class Muon:
     Args:
         parameters: name to parameter of two or more dimensions, plain or DTensor.
         config: Muon's numbers.
-        weight_decay: decoupled decay.
+        weight_decay: decoupled decay of each parameter, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], config: MuonConfig, *, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], config: MuonConfig, *, weight_decay: Mapping[str, float]
+    ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.weight_decay = weight_decay
@@ -62,7 +64,7 @@ class Muon:
             size = 0.2 * max(shape[-2:]) ** 0.5
             for name, update in zip(names, self._orthogonal(names, nesterov), strict=True):
                 local = local_part(self.parameters[name])
-                decayed = local * (1.0 - lr * self.weight_decay)
+                decayed = local * (1.0 - lr * self.weight_decay[name])
                 local.copy_(torch.where(keep, local, decayed.sub_(update, alpha=lr * size)))
 
     def _advance(self, name: str, keep: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """8-bit AdamW: bitsandbytes' code books and steps, the definition's results, and blocks that no cut can change."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
 
@@ -89,7 +89,7 @@ def test_updates_are_bitsandbytes_to_the_last_code() -> None:
             )  # fmt: skip
             update = replace(NUMBERS, step=torch.tensor(float(step)))
             adamw_8bit_(ours_p, grad, ours, update, grid=BlockGrid.whole(768, 256))
-            for theirs_state, our_state in zip(astuple(theirs), astuple(ours), strict=True):
+            for theirs_state, our_state in zip(theirs, ours, strict=True):
                 assert torch.equal(theirs_state, our_state)
     torch.testing.assert_close(ours_p, theirs_p, rtol=1e-6, atol=1e-7)
 
@@ -100,7 +100,7 @@ def random_moments(rows: int, columns: int, block_size: int, seed: int) -> Momen
 
 
 def copied(moments: Moments) -> Moments:
-    return Moments(*(t.clone() for t in astuple(moments)))
+    return Moments(*(t.clone() for t in moments))
 
 
 def own_copy(x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_equals_the_definition_however_it_is_cut(
     adamw_8bit_(whole_p, grad, whole, update, grid=BlockGrid.whole(columns, block_size))
     rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(whole_p, expected_p, rtol=rounding, atol=rounding)
-    for ours, theirs in zip(astuple(whole), astuple(expected), strict=True):
+    for ours, theirs in zip(whole, expected, strict=True):
         # Sums are rounded differently: a moment beside a threshold may fall to its other side.
         torch.testing.assert_close(
             ours.double(), theirs.double(), rtol=1e-6, atol=1 if ours.dtype == torch.uint8 else 0
@@ -136,8 +136,7 @@ def test_equals_the_definition_however_it_is_cut(
     bounds = [0, *sorted(cut for cut in cuts if cut < columns), columns]
     parts = []
     for begin, end in pairwise(bounds):
-        own = replace(
-            copied(moments),
+        own = copied(moments)._replace(
             codes1=own_copy(moments.codes1[:, begin:end]),
             codes2=own_copy(moments.codes2[:, begin:end]),
         )
@@ -163,7 +162,7 @@ def test_a_skipped_update_changes_nothing() -> None:
     adamw_8bit_(p, nan, moments, update, grid=grid)
     adamw_8bit_(p, nan, moments, update, grid=grid, maxima=block_maxima(nan, moments, update, grid=grid))
     assert torch.equal(p, before_p)
-    assert all(torch.equal(a, b) for a, b in zip(astuple(moments), astuple(before), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments, before, strict=True))
 
 
 def test_tiny_and_zero_blocks_stay_finite() -> None:

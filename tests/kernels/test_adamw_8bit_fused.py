@@ -1,6 +1,6 @@
 """The 8-bit AdamW kernel, interpreted, beside the PyTorch path."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ def drawn(rows: int, columns: int, blocks: int, block_size: int) -> tuple[Tensor
     p, grad, m, v = (torch.randn(rows, columns, generator=generator) for _ in range(4))
     moments = Moments(*quantise(m, True, block_size), *quantise(v.square(), False, block_size))
     padded = [torch.nn.functional.pad(s, (0, blocks - s.shape[1])) for s in (moments.scales1, moments.scales2)]
-    return p, grad, replace(moments, scales1=padded[0], scales2=padded[1])
+    return p, grad, moments._replace(scales1=padded[0], scales2=padded[1])
 
 
 def assert_alike(ours: Moments, theirs: Moments) -> None:
     """Up to a rounding of the moments, which may put one beside a threshold on its other side."""
-    for a, b in zip(astuple(ours), astuple(theirs), strict=True):
+    for a, b in zip(ours, theirs, strict=True):
         if a.dtype == torch.uint8:
             assert int((a.int() - b.int()).abs().max()) <= 1
             assert float((a != b).float().mean()) < 0.01
@@ -49,7 +49,7 @@ def test_equals_the_torch_path(rows: int, grid: BlockGrid) -> None:
     p, grad, moments = drawn(rows, grid.columns, grid.num_blocks, grid.block_size)
     found = {}
     for backend in ("torch", "triton"):
-        own_p, own = p.clone(), Moments(*(t.clone() for t in astuple(moments)))
+        own_p, own = p.clone(), Moments(*(t.clone() for t in moments))
         adamw_8bit_(own_p, grad, own, UPDATE, grid=grid, backend=backend)
         found[backend] = own_p, own
     torch.testing.assert_close(found["triton"][0], found["torch"][0], rtol=1e-6, atol=1e-7)
@@ -73,7 +73,7 @@ def test_parts_of_blocks(grid: BlockGrid) -> None:
     )
     found = {}
     for backend in ("torch", "triton"):
-        own_p, own = p.clone(), Moments(*(t.clone() for t in astuple(moments)))
+        own_p, own = p.clone(), Moments(*(t.clone() for t in moments))
         adamw_8bit_(own_p, grad, own, UPDATE, grid=grid, maxima=2.0 * maxima, backend=backend)
         found[backend] = own_p, own
     torch.testing.assert_close(found["triton"][0], found["torch"][0], rtol=1e-6, atol=1e-7)
@@ -82,8 +82,8 @@ def test_parts_of_blocks(grid: BlockGrid) -> None:
 
 def test_a_skipped_update_writes_nothing() -> None:
     p, grad, moments = drawn(3, 40, 3, 16)
-    before = p.clone(), [t.clone() for t in astuple(moments)]
+    before = p.clone(), [t.clone() for t in moments]
     skip = replace(UPDATE, skip=torch.ones(()))
     adamw_8bit_(p, grad * float("nan"), moments, skip, grid=BlockGrid.whole(40, 16), backend="triton")
     assert torch.equal(p, before[0])
-    assert all(torch.equal(a, b) for a, b in zip(astuple(moments), before[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments, before[1], strict=True))

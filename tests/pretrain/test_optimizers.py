@@ -13,6 +13,7 @@ from headrace.pretrain.optimizers import AdamW, Muon, MuonConfig
 from headrace.pretrain.optimizers.muon import orthogonalise
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "twin": (6, 10), "thin": (3, 8), "vector": (7,), "scalar_row": (1, 5)}
+DECAY = {name: 0.1 if len(shape) == 2 else 0.0 for name, shape in SHAPES.items()}
 STEPS = 5
 GO = torch.zeros(())
 SKIP = torch.ones(())
@@ -29,8 +30,8 @@ def matrices(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def build(kind: str, parameters: dict[str, torch.Tensor]) -> AdamW | Muon:
     if kind == "muon":
-        return Muon(matrices(parameters), MuonConfig(lr=0.02), weight_decay=0.1)
-    return AdamW(parameters, frozenset(matrices(parameters)), lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        return Muon(matrices(parameters), MuonConfig(lr=0.02), weight_decay=DECAY)
+    return AdamW(parameters, lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
 
 
 def run_steps(kind: str, parameters: dict[str, torch.Tensor], shard: Callable) -> dict[str, torch.Tensor]:
