@@ -121,10 +121,18 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save (0: only at the end) and how many checkpoints to keep."""
+    """When to save and what to go on from.
+
+    Attributes:
+        every_steps: steps between two checkpoints; 0 saves only at the end.
+        keep_last: how many stay.
+        fresh_optimizer: whether a run goes on from a checkpoint that another optimizer saved, with the weights and the
+            place in the data, and begins the optimizer's state anew. Where the optimizer is the same this does nothing.
+    """
 
     every_steps: int = 0
     keep_last: int = 2
+    fresh_optimizer: bool = False
 
     def problems(self) -> list[str]:
         """Every field out of range."""

@@ -13,6 +13,9 @@ from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_ran
 from .optimizers import Optimizer
 
 
+OPTIMIZER = "optim."
+
+
 @dataclass
 class Progress:
     """How far a run has come.
@@ -30,18 +33,31 @@ class Progress:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a run must still be to go on from its checkpoint.
+
+    Attributes:
+        data: what fixes the data order: fingerprint, tokenizer hash, seed, rows per update.
+        optimizer: what its state is made of.
+    """
+
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
 def training_tensors(
     parameters: Mapping[str, torch.Tensor], optimizers: Sequence[Optimizer]
 ) -> dict[str, torch.Tensor]:
     """Every tensor that training changes on this process, by its checkpoint key; loading writes into them."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for optimizer in optimizers:
-        tensors |= {f"optim.{name}": tensor for name, tensor in optimizer.state().items()}
+        tensors |= {f"{OPTIMIZER}{name}": tensor for name, tensor in optimizer.state().items()}
     return tensors
 
 
 def save_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, data: Mapping[str, Any], keep_last: int
+    folder: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, facts: Facts, keep_last: int
 ) -> Path:
     """Write the checkpoint of this step. Collective.
 
@@ -49,7 +65,7 @@ def save_training(
         folder: the run's `checkpoints/`.
         tensors: from `training_tensors`.
         progress: counters.
-        data: what fixes the data order: fingerprint, tokenizer hash, seed, rows per update.
+        facts: what the run must still be to go on.
         keep_last: older checkpoints beyond this number are removed.
     """
     random_states = {"cpu": torch.get_rng_state()}
@@ -59,27 +75,30 @@ def save_training(
         folder,
         progress.step,
         dict(tensors),
-        extra={"progress": asdict(progress), "data": dict(data)},
+        extra={"progress": asdict(progress), **asdict(facts)},
         rank_tensors=random_states,
         keep_last=keep_last,
     )
 
 
 def resume_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], data: Mapping[str, Any], rank: int
+    folder: Path, tensors: Mapping[str, torch.Tensor], facts: Facts, rank: int, fresh_optimizer: bool = False
 ) -> Progress | None:
     """Load the newest checkpoint in `folder` into `tensors`; None when there is none. Collective.
+
+    With `fresh_optimizer`, state that another optimizer saved is left where it is.
 
     On as many ranks as saved it, random states are restored too and training continues bit for bit.
 
     Raises:
         UserError: as `find_matching`, or a piece of the checkpoint is damaged; the same on every process.
     """
-    found = do_together(lambda: find_matching(folder, data))
+    found = do_together(lambda: find_matching(folder, facts, fresh_optimizer))
     if found is None:
         return None
-    checkpoint, progress = found
-    do_together(lambda: load_checkpoint(checkpoint, dict(tensors)))
+    checkpoint, progress, same_optimizer = found
+    wanted = {name: tensor for name, tensor in tensors.items() if same_optimizer or not name.startswith(OPTIMIZER)}
+    do_together(lambda: load_checkpoint(checkpoint, wanted))
     random_states = do_together(lambda: read_rank_tensors(checkpoint, rank))
     if random_states:
         torch.set_rng_state(random_states["cpu"])
@@ -88,21 +107,32 @@ def resume_training(
     return progress
 
 
-def find_matching(folder: Path, data: Mapping[str, Any]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint in `folder` and how far it had come, None without any.
+def find_matching(folder: Path, facts: Facts, fresh_optimizer: bool) -> tuple[Path, Progress, bool] | None:
+    """The newest checkpoint in `folder`, how far it had come, and whether the optimizer's state fits; None without any.
 
     Raises:
-        UserError: it was trained on other data, another tokenizer, seed or batch, or its manifest is damaged.
+        UserError: it was trained on other data, another tokenizer, seed or batch, its manifest is damaged, or another
+            optimizer saved it and `fresh_optimizer` is not set.
     """
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         return None
     extra = read_extra(checkpoint)
-    saved = extra["data"]
-    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in data.items() if saved.get(key) != value]
-    if changed:
+    if changed := _changed(extra["data"], facts.data):
         raise UserError(
-            f"checkpoint {checkpoint} was trained on another data order ({'; '.join(changed)}); "
+            f"checkpoint {checkpoint} was trained on another data order ({changed}); "
             f"restore what changed, or choose another run.name"
         )
-    return checkpoint, Progress(**extra["progress"])
+    # Checkpoints from before optimizers were named are compared tensor by tensor.
+    changed = _changed(extra.get("optimizer", facts.optimizer), facts.optimizer)
+    if changed and not fresh_optimizer:
+        raise UserError(
+            f"checkpoint {checkpoint} holds the state of another optimizer ({changed}); restore what changed, or go on "
+            "with its weights and a new state: checkpoint.fresh_optimizer=true"
+        )
+    return checkpoint, Progress(**extra["progress"]), not changed
+
+
+def _changed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    keys = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
+    return "; ".join(f"{key}: {saved.get(key)} -> {wanted.get(key)}" for key in keys)

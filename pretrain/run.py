@@ -25,7 +25,7 @@ from .config import Config
 from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers
-from .resume import Progress, resume_training, save_training, training_tensors
+from .resume import Facts, Progress, resume_training, save_training, training_tensors
 from .run_folder import RunFolder, cut_metrics, open_run_folder, write_record
 
 
@@ -40,7 +40,7 @@ class Run:
     tensors: dict[str, torch.Tensor]
     loader: BatchLoader
     heldout: TokenDataset | None
-    data_facts: dict[str, Any]
+    facts: Facts
     progress: Progress
     folder: RunFolder | None
     metrics: Metrics | None
@@ -48,7 +48,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
-        do_together(lambda: save_training(folder, self.tensors, self.progress, self.data_facts, keep_last))
+        do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
 
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""
@@ -94,11 +94,12 @@ def fill_run(
     engine = build_engine(config, mesh, world)
     optimizers = build_optimizers(engine.models, config.optimizer, config.run.seed)
     tensors = training_tensors(engine.named_parameters(), optimizers)
-    facts = data_facts(config, rows.dataset)
-    progress = resume_training(checkpoints(config), tensors, facts, world.rank) or Progress()
+    facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
+    fresh = config.checkpoint.fresh_optimizer
+    progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
-    record = {"layout": mesh.degrees | carved, "data": facts, "resumed_at": progress.step, "kernels": kernels}
+    record = {"layout": mesh.degrees | carved, "data": facts.data, "resumed_at": progress.step, "kernels": kernels}
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(

@@ -93,6 +93,15 @@ class OptimizerConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
+    def state_facts(self) -> dict[str, str | int]:
+        """What the optimizer's state is made of: state goes on only under the same."""
+        facts: dict[str, str | int] = {"kind": self.kind, "state_bits": self.state_bits}
+        if self.state_bits == 8:
+            facts |= {name: getattr(self, name) for name in ("embedding_bits", "block_size", "min_8bit_size")}
+        if self.kind == "low_rank":
+            facts |= {f"low_rank.{name}": getattr(self.low_rank, name) for name in ("method", "rank", "min_side")}
+        return facts
+
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
