@@ -20,6 +20,7 @@ class LowRankConfig:
         lr: peak learning rate of the matrices.
         min_side: matrices with a smaller side than this go to AdamW, as what is no matrix; all methods.
         rank: dimension of the subspace, at most the smaller size of every matrix; not `subset_norm`.
+        state_bits: of moments inside the subspace, 8 as codes with a scale for 256 of them; not `subset_norm`.
         scale: what lifted updates are multiplied by (alpha of GaLore); not `subset_norm` and `subspace_momentum`.
         refresh_steps: updates between two choices of a basis; not `subset_norm` and `online_subspace`, whose basis
             moves in every update.
@@ -36,6 +37,7 @@ class LowRankConfig:
     lr: float = 0.01
     min_side: int = 0
     rank: int = 128
+    state_bits: Literal[32, 8] = 32
     scale: float = 0.25
     refresh_steps: int = 200
     seed: int = 0

@@ -27,7 +27,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from ....parallel.comm import GatherTokens, ScatterTokens, SumPartial, token_share
 
 # What a tensor of the state is, which decides its whole shape and how it is cut.
-Kind = Literal["whole", "basis", "moment", "columns", "ranks", "matrices"]
+Kind = Literal["whole", "basis", "moment", "scales", "columns", "ranks", "matrices"]
 Side = Literal["short", "long"]
 # The dimension of the state along which ranks cut it that cut a side of the parameter: in the same way, or in even
 # stretches of the rank. Where there is none, they all have the same.
@@ -38,7 +38,9 @@ SAME: dict[tuple[Kind, Side], int] = {
     ("moment", "long"): 1,
     ("columns", "long"): 0,
 }
-STRETCHES: dict[tuple[Kind, Side], int] = {("basis", "long"): 1, ("moment", "short"): 0}
+STRETCHES: dict[tuple[Kind, Side], int] = {("basis", "long"): 1, ("moment", "short"): 0, ("scales", "short"): 0}
+# Columns of a moment's row that share a scale where moments have 8 bits.
+SCALE_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class MatrixLayout:
             "whole": (count, short, long),
             "basis": (count, short, rank_of_basis.stop - rank_of_basis.start),
             "moment": (count, rank_of_moment.stop - rank_of_moment.start, long),
+            "scales": (count, rank_of_moment.stop - rank_of_moment.start, -(-self.L // SCALE_COLUMNS)),
             "columns": (count, long),
             "ranks": (count, rank),
             "matrices": (count,),
@@ -165,6 +168,7 @@ class MatrixLayout:
             "whole": (self.S, self.L),
             "basis": (self.S, rank),
             "moment": (rank, self.L),
+            "scales": (rank, -(-self.L // SCALE_COLUMNS)),
             "columns": (self.L,),
             "ranks": (rank,),
             "matrices": (),

@@ -42,6 +42,8 @@ class Now:
 class Method(ABC):
     """A method on one parameter. Its functions have no side effects: new state is returned, not written.
 
+    State begins as zeros: the first update chooses the first basis.
+
     Args:
         name: the parameter's, from which random numbers follow.
         layout: how it is cut.
@@ -64,11 +66,6 @@ class Method(ABC):
     def rank(self) -> int:
         """Dimension of the subspace."""
         return self.config.rank
-
-    def initial_state(self) -> dict[str, Tensor]:
-        """This rank's part of every slot, zeros: the first update chooses the first basis."""
-        dtypes = {slot: torch.int64 if slot in self.integers else None for slot in self.slots}
-        return {slot: self.layout.zeros(kind, self.rank, dtypes[slot]) for slot, kind in self.slots.items()}
 
     @abstractmethod
     def step(self, grad_xsl: Tensor, state: State, now: Now) -> tuple[Tensor, State]:

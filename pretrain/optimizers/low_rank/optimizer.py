@@ -15,6 +15,7 @@ from .grassmann import GrassJump, GrassWalk
 from .layout import MatrixLayout
 from .method import Method, Now
 from .online_subspace import OnlineSubspace
+from .store import Store
 from .subset_norm import SubsetNorm
 from .subspace_momentum import SubspaceMomentum
 
@@ -61,7 +62,7 @@ class LowRank:
         self.methods = {
             name: kind(name, MatrixLayout(p), config, betas=betas, eps=eps) for name, p in self.parameters.items()
         }
-        self.slots = {name: method.initial_state() for name, method in self.methods.items()}
+        self.stores = {name: Store(method, config.state_bits) for name, method in self.methods.items()}
         first = next(iter(self.parameters.values()))
         self.clock = RefreshClock(config.refresh_steps if kind.refreshes else None, first.device)
 
@@ -78,21 +79,18 @@ class LowRank:
             assert parameter.grad is not None
             # Decompositions raise for what is not finite; what a skipped update makes of zeros is not kept.
             grad = method.layout.lying(local_part(parameter.grad)).masked_fill(keep, 0)
-            state = self.slots[name]
-            update, changed = method.step(grad, state, now)
+            update, changed = method.step(grad, self.stores[name].read(), now)
             weights = method.layout.lying(local_part(parameter))
             after = (weights * (1.0 - lr * self.weight_decay[name])).sub_(update, alpha=lr)
-            for old, new in ((weights, after), *((state[slot], new) for slot, new in changed.items())):
-                old.copy_(torch.where(keep, old, new))
+            weights.copy_(torch.where(keep, weights, after))
+            self.stores[name].write(changed, keep)
         self.clock.count += ~keep
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Optimizer.state`; `step` is one tensor under every name."""
-        found = {}
-        for name, method in self.methods.items():
-            found[f"step.{name}"] = self.clock.count
-            for slot, kind in method.slots.items():
-                found[f"{slot}.{name}"] = method.layout.as_whole(self.slots[name][slot], kind, method.rank)
+        found: dict[str, torch.Tensor] = {}
+        for name, store in self.stores.items():
+            found |= {f"step.{name}": self.clock.count, **store.named(name)}
         return found
 
 

@@ -1,0 +1,434 @@
+"""Low-rank optimizers: their papers' update on whole matrices, under every cut; skipping, resuming, sizes, bytes."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import low_rank_references as references
+from headrace.data import Batch
+from headrace.errors import UserError
+from headrace.model.config import ModelConfig
+from headrace.model.ffns.moe import MoEConfig
+from headrace.model.mixers.attention import AttentionConfig
+from headrace.model.mixers.mamba2 import Mamba2Config
+from headrace.parallel.config import ParallelConfig
+from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.traffic import Traffic
+from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from headrace.pretrain.optimizers import AdamW, LowRank, LowRankConfig, OptimizerConfig, build_optimizers
+from headrace.pretrain.optimizers.low_rank.bases import leading_directions, sketch_size
+from headrace.pretrain.optimizers.low_rank.clock import RefreshClock
+from headrace.pretrain.optimizers.low_rank.config import MethodName
+from headrace.pretrain.optimizers.low_rank.layout import MatrixLayout
+from headrace.pretrain.optimizers.low_rank.optimizer import METHODS
+from spread import Case, Rows, build_engine
+
+# Rows and columns that no number of ranks divides, a matrix of which some ranks have no rows, experts.
+SHAPES = {"tall": (10, 6), "uneven": (5, 7), "narrow": (3, 8), "stack": (4, 6, 8)}
+STEPS = 5
+LR_SCALES = [1.0 - 0.1 * step for step in range(STEPS)]
+GO, SKIP = torch.zeros(()), torch.ones(())
+CASES = [LowRankConfig(method=method, rank=2, refresh_steps=2, lr=0.02, seed=5) for method in METHODS]
+CASES.append(LowRankConfig(method="grass", rows="sampled", rank=2, refresh_steps=2, lr=0.02, seed=5))
+NAMES = [f"{case.method}-{case.rows}" if case.method == "grass" else case.method for case in CASES]
+
+
+def draw(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def build(config: LowRankConfig, parameters: dict[str, Tensor]) -> LowRank:
+    decay = dict.fromkeys(parameters, 0.1)
+    return LowRank(parameters, config, betas=references.BETAS, eps=references.EPS, weight_decay=decay)
+
+
+def take_steps(optimizer: LowRank, steps: range, shard: Callable[[str, Tensor], Tensor] = lambda _, grad: grad) -> None:
+    for step in steps:
+        for name, grad in draw(100 + step).items():
+            if name in optimizer.parameters:
+                optimizer.parameters[name].grad = shard(name, grad)
+        optimizer.step(LR_SCALES[step], GO)
+
+
+def reference_run(config: LowRankConfig) -> dict[str, Tensor]:
+    return references.train(config, draw(0), [draw(100 + step) for step in range(STEPS)], LR_SCALES, 0.1)
+
+
+@pytest.mark.parametrize("config", CASES, ids=NAMES)
+def test_equals_the_papers_equations(config: LowRankConfig) -> None:
+    parameters = draw(0)
+    take_steps(build(config, parameters), range(STEPS))
+    for name, expected in reference_run(config).items():
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A mesh, and how parameters lie on it, matrices and stacks."""
+
+    mesh: tuple[int, ...]
+    matrix: tuple[Placement, ...]
+    stack: tuple[Placement, ...]
+
+
+CUTS = {
+    "dp2": Cut((2,), (Shard(0),), (Shard(0),)),
+    "tp2 columns": Cut((2,), (Shard(1),), (Shard(2),)),
+    "dp4": Cut((4,), (Shard(0),), (Shard(1),)),
+    "replicas and dp": Cut((2, 2), (Replicate(), Shard(0)), (Replicate(), Shard(2))),
+    "dp and tp columns": Cut((2, 2), (Shard(0), Shard(1)), (Shard(0), Shard(2))),
+    "dp and tp rows": Cut((2, 2), (_StridedShard(0, split_factor=2), Shard(0)), (Shard(0), Shard(1))),
+}
+
+
+def cutter(cut: Cut) -> Callable[[str, Tensor], Tensor]:
+    mesh = init_device_mesh("cpu", cut.mesh, mesh_dim_names=("first", "second")[: len(cut.mesh)])
+
+    def shard(name: str, tensor: Tensor) -> Tensor:
+        placements = cut.stack if tensor.ndim == 3 else cut.matrix
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+    return shard
+
+
+def sharded_runs(configs: list[LowRankConfig], cuts: list[Cut]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Whole parameters and state after all steps, of each method under each cut."""
+    found = []
+    for cut in cuts:
+        shard = cutter(cut)
+        for config in configs:
+            parameters: dict[str, Tensor] = {name: shard(name, tensor) for name, tensor in draw(0).items()}
+            optimizer = build(config, parameters)
+            take_steps(optimizer, range(STEPS), shard)
+            found.append(tuple({n: whole(t) for n, t in some.items()} for some in (parameters, optimizer.state())))
+    return found  # type: ignore[return-value]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_cut_changes_the_update(gloo: Callable, ranks: int) -> None:
+    """Whole state too: what is saved under one layout is what another loads."""
+    cuts = {name: cut for name, cut in CUTS.items() if torch.Size(cut.mesh).numel() == ranks}
+    expected, states = [reference_run(config) for config in CASES], []
+    for config in CASES:
+        optimizer = build(config, draw(0))
+        take_steps(optimizer, range(STEPS))
+        states.append(optimizer.state())
+    for rank, found in enumerate(gloo(ranks, sharded_runs, CASES, list(cuts.values()), timeout_s=200)):
+        for i, (parameters, state) in enumerate(found):
+            cut, case = list(cuts)[i // len(CASES)], i % len(CASES)
+            where = f"rank {rank}, {cut}, {NAMES[case]}: "
+            for name, tensor in parameters.items():
+                assert_close(tensor, expected[case][name], where + name)
+            assert state.keys() == states[case].keys()
+            for name, tensor in state.items():
+                assert_close(tensor, states[case][name], where + name)
+
+
+def assert_close(found: Tensor, expected: Tensor, where: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{where}: {text}")
+
+
+def test_large_state_is_cut_where_the_parameter_is(gloo: Callable) -> None:
+    """Neither moments nor bases are on two ranks."""
+    for config, (mine, every) in zip(CASES, gloo(2, state_elements)[0], strict=True):
+        assert mine <= every / 2 + 2 * (4 + 8), config.method
+
+
+def state_elements() -> list[tuple[int, int]]:
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for config in CASES:
+        mine = every = 0
+        for dim in (0, 1):
+            parameter = distribute_tensor(torch.zeros(8, 8), mesh, [Shard(dim)], src_data_rank=None)
+            state = build(replace(config, rank=4), {"square": parameter}).state()
+            for tensor in state.values():
+                if isinstance(tensor, DTensor):
+                    mine += tensor.to_local().numel()
+                    every += tensor.numel()
+        found.append((mine, every))
+    return found
+
+
+CODED = [replace(config, state_bits=8) for config in CASES if config.method in ("galore", "grass_walk")]
+
+
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+def test_a_skipped_update_never_was(config: LowRankConfig) -> None:
+    """Not finite gradients before every update, of which some choose a basis: no bit differs."""
+    expected = build(config, draw(0))
+    take_steps(expected, range(STEPS))
+    skipping = build(config, draw(0))
+    for step in range(STEPS):
+        before = copy.deepcopy((skipping.parameters, skipping.state()))
+        for parameter in skipping.parameters.values():
+            parameter.grad = torch.full_like(parameter, float("nan") if step % 2 else float("inf"))
+        skipping.step(1.0, SKIP)
+        assert_equal(before, (skipping.parameters, skipping.state()))
+        take_steps(skipping, range(step, step + 1))
+    assert_equal((expected.parameters, expected.state()), (skipping.parameters, skipping.state()))
+
+
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_loaded_state_goes_on_bit_for_bit(config: LowRankConfig, stop: int) -> None:
+    expected = build(config, draw(0))
+    take_steps(expected, range(STEPS))
+    first = build(config, draw(0))
+    take_steps(first, range(stop))
+    resumed = build(config, copy.deepcopy(first.parameters))
+    assert resumed.state().keys() == first.state().keys()
+    for name, tensor in resumed.state().items():
+        tensor.copy_(first.state()[name])
+    take_steps(resumed, range(stop, STEPS))
+    assert_equal((expected.parameters, expected.state()), (resumed.parameters, resumed.state()))
+
+
+def assert_equal(expected: tuple[dict[str, Tensor], ...], found: tuple[dict[str, Tensor], ...]) -> None:
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(after[name], tensor), name
+
+
+def test_a_checkpoint_loads_under_another_cut(gloo: Callable, tmp_path: Path) -> None:
+    """Saved by four ranks that cut rows twice and loaded by two that cut columns, then trained on."""
+    configs = [config for config in [*CASES, *CODED] if config.method in ("online_subspace", "grass_walk", "flora")]
+    gloo(4, save_states, configs, CUTS["dp and tp rows"], tmp_path)
+    for parameters, config in zip(gloo(2, go_on, configs, CUTS["tp2 columns"], tmp_path)[0], configs, strict=True):
+        expected = build(config, draw(0))
+        take_steps(expected, range(STEPS))
+        for name, tensor in parameters.items():
+            assert_close(tensor, expected.parameters[name], f"{config.method} {name}")
+
+
+def cut_optimizer(config: LowRankConfig, shard: Callable[[str, Tensor], Tensor]) -> LowRank:
+    return build(config, {name: shard(name, tensor) for name, tensor in draw(0).items()})
+
+
+def save_states(configs: list[LowRankConfig], cut: Cut, folder: Path) -> None:
+    shard = cutter(cut)
+    for number, config in enumerate(configs):
+        optimizer = cut_optimizer(config, shard)
+        take_steps(optimizer, range(3), shard)
+        tensors = {**optimizer.parameters, **optimizer.state()}
+        save_checkpoint(folder / str(number), 3, tensors, extra={})
+
+
+def go_on(configs: list[LowRankConfig], cut: Cut, folder: Path) -> list[dict[str, Tensor]]:
+    shard, found = cutter(cut), []
+    for number, config in enumerate(configs):
+        optimizer = cut_optimizer(config, shard)
+        path = latest_checkpoint(folder / str(number))
+        assert path is not None
+        load_checkpoint(path, {**optimizer.parameters, **optimizer.state()})
+        take_steps(optimizer, range(3, STEPS), shard)
+        found.append({name: whole(tensor) for name, tensor in optimizer.parameters.items()})
+    return found
+
+
+MODEL = ModelConfig(
+    vocab_size=40,
+    d_model=16,
+    pattern="mamba2 moe attention",
+    mamba2=Mamba2Config(head_dim=4, d_state=8, num_groups=2, chunk_size=4),
+    attention=AttentionConfig(num_heads=4, rope_fraction=1.0),
+    moe=MoEConfig(num_experts=4, top_k=2, d_hidden=12),
+)
+
+
+def model_run(parallel: ParallelConfig, method: MethodName) -> dict[str, Tensor]:
+    """A model's parameters after three real updates, two bases."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    case = Case(model=MODEL, parallel=parallel, rows=Rows(4, 12))
+    mesh = build_mesh(parallel, world)
+    engine = build_engine(case, mesh, world)
+    low_rank = LowRankConfig(method=method, rank=3, min_side=8, refresh_steps=2)
+    optimizers = build_optimizers(engine.models, OptimizerConfig(kind="low_rank", low_rank=low_rank))
+    assert [type(optimizer) for optimizer in optimizers] == [AdamW, LowRank]
+    batch = [tensor[mesh.data_rank :: mesh.data_ranks] for tensor in case.rows.tensors(MODEL.vocab_size)]
+    for _ in range(3):
+        engine.forward_backward(Batch(*batch, 0))
+        for optimizer in optimizers:
+            optimizer.step(1.0, GO)
+        engine.zero_grad()
+    return {name: whole(parameter.detach()) for name, parameter in engine.named_parameters().items()}
+
+
+@pytest.mark.parametrize("method", ["galore", "grass_jump"])
+def test_a_spread_model_trains_as_one_process_does(gloo: Callable, method: MethodName) -> None:
+    """Under FSDP with tensor and expert parallelism, matrices and experts."""
+    (expected,) = gloo(1, model_run, ParallelConfig(), method)
+    assert sum(tensor.ndim == 3 for tensor in expected.values()) >= 2
+    for found in gloo(4, model_run, ParallelConfig(tp=2, ep=2), method):
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_a_rank_that_does_not_fit_is_said() -> None:
+    parameters = {"layers.0.mixer.in_dt.weight": torch.zeros(12, 192), "layers.0.up": torch.zeros(64, 32)}
+    expected = r"optimizer.low_rank.rank=16 is above the smaller size of layers.0.mixer.in_dt.weight \(12 x 192\); "
+    with pytest.raises(UserError, match=expected + "set it to 12 or less, or optimizer.low_rank.min_side=16"):
+        build(LowRankConfig(rank=16), parameters)
+    build(LowRankConfig(method="subset_norm", rank=16), parameters)
+
+
+def test_numbers_out_of_range_are_said() -> None:
+    config = LowRankConfig(rank=0, refresh_steps=0, lr=0.0, growth_limit=1.0, basis_penalty=-1.0, seed=-1, min_side=-1)
+    assert len(config.problems()) == 7
+    assert "optimizer.low_rank.rank=0 must be at least 1" in OptimizerConfig(low_rank=config).problems()
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that the host reads from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("period", [1, 2, 5, None])
+def test_the_host_knows_when_a_basis_is_due_and_seldom_asks(period: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    skips = (torch.rand(60, generator=generator) < 0.2).tolist()
+    clock, count = RefreshClock(period, torch.device("cpu")), 0
+    for skipped in skips:
+        expected = (count // period, count % period == 0) if period else (0, count == 0)
+        assert clock.next() == expected
+        assert float(clock.age(expected[0])) == (count % period if period else count)
+        count += not skipped
+        clock.count += not skipped
+    clock = RefreshClock(period, torch.device("cpu"))
+    with Reads() as reads:
+        for _ in range(60):
+            clock.next()
+            clock.count += 1
+    assert reads.count == {1: 60, 2: 60, 5: 24, None: 2}[period]
+
+
+def test_ordinary_updates_do_not_wait_for_the_device() -> None:
+    for config in [*CASES, *CODED]:
+        optimizer = build(replace(config, refresh_steps=9), draw(0))
+        take_steps(optimizer, range(2))
+        with Reads() as reads:
+            take_steps(optimizer, range(2, 4))
+        assert reads.count == 0, config.method
+
+
+def test_randomised_directions_hold_nearly_all_that_a_subspace_can() -> None:
+    """With far fewer test vectors than rows, on a spectrum that falls slowly."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(90, 90, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    sizes = torch.arange(1, 91, dtype=torch.float64) ** -0.5
+    gradient = (left * sizes) @ right.mT
+    layout = MatrixLayout(gradient)
+    test = torch.randn(1, 90, sketch_size(10, 90), generator=generator, dtype=torch.float64)
+    basis = leading_directions(layout, gradient[None], 10, test)[0]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(10, dtype=torch.float64))
+    held, best = (basis.mT @ gradient).square().sum(), sizes[:10].square().sum()
+    assert 0.95 * best < held <= best * (1 + 1e-12)
+    assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+SENT_SHAPE, SENT_RANK = (8, 12), 4
+
+
+def bytes_of_updates(method: MethodName, dim: int) -> list[Counter[str]]:
+    """What the update that chooses a basis sends, by kind, and what the next one does."""
+    mesh = build_mesh(ParallelConfig(), World(dist.get_rank(), 2, torch.device("cpu")))
+    config = LowRankConfig(method=method, rank=SENT_RANK, refresh_steps=5)
+    shape, found = {"w": SENT_SHAPE}, []
+    shard = lambda tensor: distribute_tensor(tensor, mesh.fsdp, [Shard(dim)], src_data_rank=None)
+    parameter = shard(draw(0, shape)["w"])
+    optimizer = build(config, {"w": parameter})
+    for step in range(2):
+        parameter.grad = shard(draw(1 + step, shape)["w"])
+        with Traffic(mesh) as traffic:
+            optimizer.step(1.0, GO)
+        sent: Counter[str] = Counter()
+        for entry in traffic.sent:
+            sent[entry.kind] += entry.sent
+        found.append(sent)
+    return found
+
+
+def test_bytes_that_an_update_sends(gloo: Callable) -> None:
+    """Of 8-byte numbers between two ranks: only products with few columns; Grass chooses by the rows' norms alone."""
+    S, L, r, k = 8, 12, SENT_RANK, 8
+    through = {"reduce_scatter": r * L * 8 // 2, "all_gather": r * L * 8 // 2}
+    # The shorter side is cut: products with all columns are summed, and what is made orthonormal is put together.
+    randomised = {"all_reduce": (3 * S * k + 2 * L * k + k * L) * 8}
+    assert gloo(2, bytes_of_updates, "galore", 0)[0] == [{**through, **randomised}, through]
+    assert gloo(2, bytes_of_updates, "grass", 0)[0] == [{**through, "all_reduce": S * 8}, through]
+    # The longer side is cut: the subspace is whole everywhere but for the basis, which no two ranks store twice.
+    basis = {"all_gather": S * r * 8 // 2}
+    assert gloo(2, bytes_of_updates, "galore", 1)[0] == [{**basis, "all_reduce": (3 * S * k + k * k) * 8}, basis]
+    assert gloo(2, bytes_of_updates, "grass", 1)[0] == [{"all_reduce": S * 8}, {}]
+
+
+BYTES_PER_MATRIX: dict[MethodName, Callable[[int, int, int], int]] = {
+    "galore": lambda m, n, r: m * r + 2 * r * n,
+    "online_subspace": lambda m, n, r: 3 * m * r + 2 * r * n,
+    "grass": lambda m, n, r: 2 * r * n + 3 * r,  # rows are 8-byte numbers
+    "flora": lambda m, n, r: r * n,
+    "grass_walk": lambda m, n, r: m * r + 2 * r * n + 1,
+    "grass_jump": lambda m, n, r: m * r + 2 * r * n + 1,
+    "subset_norm": lambda m, n, r: m * n + n,
+    "subspace_momentum": lambda m, n, r: m * r + r * n + n,
+}
+# Matrices of a layer of the paper's LLaMA 60M, trained with rank 128.
+LLAMA_60M = {f"attention.{i}": (512, 512) for i in range(4)} | {f"mlp.{i}": (1376, 512) for i in range(2)}
+LLAMA_60M |= {"mlp.down": (512, 1376)}
+
+
+def state_bytes(config: LowRankConfig) -> int:
+    parameters = {name: torch.empty(shape, device="meta") for name, shape in LLAMA_60M.items()}
+    return sum(tensor.nbytes for name, tensor in build(config, parameters).state().items() if "step." not in name)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_bytes_of_state(method: MethodName) -> None:
+    expected = sum(4 * BYTES_PER_MATRIX[method](min(shape), max(shape), 128) for shape in LLAMA_60M.values())
+    assert state_bytes(LowRankConfig(method=method, rank=128)) == expected
+
+
+def test_subspace_momentum_has_a_fifth_of_adams_state() -> None:
+    adam = sum(2 * 4 * m * n for m, n in LLAMA_60M.values())
+    ours = state_bytes(LowRankConfig(method="subspace_momentum", rank=128))
+    assert (ours, adam) == (5_021_824, 25_296_896)
+    assert ours < 0.2 * adam
+
+
+def test_8_bit_moments_have_a_quarter_of_the_bytes_and_the_same_signs() -> None:
+    full, coded = (state_bytes(LowRankConfig(rank=128, state_bits=bits)) for bits in (32, 8))  # type: ignore[arg-type]
+    moments = sum(2 * 128 * max(shape) for shape in LLAMA_60M.values())
+    scales = sum(2 * 128 * -(-max(shape) // 256) for shape in LLAMA_60M.values())
+    assert coded == full - 3 * moments + 4 * scales
+    config = LowRankConfig(rank=4, refresh_steps=3, lr=0.02)
+    runs = []
+    for bits in (32, 8):
+        parameters = draw(0)
+        take_steps(build(replace(config, state_bits=bits, rank=2), parameters), range(STEPS))  # type: ignore[arg-type]
+        runs.append(torch.cat([(parameters[name] - draw(0)[name]).flatten() for name in parameters]))
+    assert torch.nn.functional.cosine_similarity(*runs, dim=0) > 0.99
