@@ -93,13 +93,21 @@ class OptimizerConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
+    @property
+    def words(self) -> str:
+        """What updates the parameters, in words."""
+        adamw = f"AdamW with {self.state_bits}-bit moments"
+        if self.kind == "adamw":
+            return adamw
+        return f"{'Muon' if self.kind == 'muon' else self.low_rank.method} for matrices, {adamw} for the rest"
+
     def state_facts(self) -> dict[str, str | int]:
         """What the optimizer's state is made of: state goes on only under the same."""
         facts: dict[str, str | int] = {"kind": self.kind, "state_bits": self.state_bits}
         if self.state_bits == 8:
             facts |= {name: getattr(self, name) for name in ("embedding_bits", "block_size", "min_8bit_size")}
         if self.kind == "low_rank":
-            facts |= {f"low_rank.{name}": getattr(self.low_rank, name) for name in ("method", "rank", "min_side")}
+            facts |= {f"low_rank.{name}": value for name, value in self.low_rank.state_facts().items()}
         return facts
 
     def problems(self) -> list[str]:

@@ -47,6 +47,17 @@ class LowRankConfig:
     walk_angle: float = 0.1
     growth_limit: float = 1.01
 
+    def state_facts(self) -> dict[str, str | int]:
+        """What the state means: it goes on only under the same. Flora's momentum is nothing without its matrices."""
+        names = (
+            "method",
+            "rank",
+            "min_side",
+            "state_bits",
+            *(("seed", "refresh_steps") if self.method == "flora" else ()),
+        )
+        return {name: getattr(self, name) for name in names}
+
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
