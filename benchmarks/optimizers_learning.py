@@ -1,8 +1,8 @@
 """Does AdamW with 8-bit moments learn as AdamW does? The quickstart's model, the same hyperparameters, several seeds.
 
-`python benchmarks/optimizers_learning.py` needs the corpus of `make train` (`headrace prepare`); runs that are there are
-not run again. Prints held-out losses and how far apart they end, and draws docs/images/adamw_8bit.png. Rows are shorter
-than the quickstart's, so that 2,000 steps take minutes.
+`python benchmarks/optimizers_learning.py` needs the corpus of `make train` (`headrace prepare`); runs that are there
+are not run again. Prints held-out losses and how far apart they end, and draws docs/images/adamw_8bit.png. Rows are
+shorter than the quickstart's, so that 2,000 steps take minutes.
 """
 
 import argparse

@@ -103,3 +103,4 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="run", help="a run folder, or one of its checkpoints")
+    parser.add_argument("--average", action="store_true", help="take the averaged weights (train.average_decay)")

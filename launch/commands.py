@@ -91,7 +91,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     world = start_world()
     try:
-        results = evaluate_run(Path(options.run_folder), world)
+        results = evaluate_run(Path(options.run_folder), world, options.average)
     finally:
         stop_world()
     if world.is_first:
@@ -103,7 +103,8 @@ def export(options: argparse.Namespace) -> int:
     """`headrace export`: a folder for stock Hugging Face classes."""
     from ..pretrain.hf import export_hf
 
-    print(export_hf(Path(options.run_folder), Path(options.out) if options.out else None))
+    out = Path(options.out) if options.out else None
+    print(export_hf(Path(options.run_folder), out, average=options.average))
     return 0
 
 
@@ -112,7 +113,7 @@ def generate(options: argparse.Namespace) -> int:
     from ..pretrain.generate import GenerateConfig, generate_text
     from ..pretrain.saved_run import load_run
 
-    model, tokenizer, _ = load_run(Path(options.run_folder))
+    model, tokenizer, _ = load_run(Path(options.run_folder), average=options.average)
     config = GenerateConfig(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

@@ -24,7 +24,7 @@ def global_norm(gradients: Iterable[torch.Tensor], stages: dist.ProcessGroup | N
         groups[axes].append(gradient)
     squares = []
     for axes, parts in groups.items():
-        square = torch.stack(torch._foreach_norm(parts)).float().square().sum()
+        square = torch.stack([norm.float() for norm in _norms(parts)]).square().sum()
         for group in axes:
             dist.all_reduce(square, group=group)
         squares.append(square)
@@ -32,6 +32,14 @@ def global_norm(gradients: Iterable[torch.Tensor], stages: dist.ProcessGroup | N
     if stages is not None and dist.get_world_size(stages) > 1:
         dist.all_reduce(total, group=stages)
     return total.sqrt()
+
+
+def _norms(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of each, summed in float32 or float64."""
+    narrow = [part for part in parts if part.dtype not in (torch.float32, torch.float64)]
+    wide = [part for part in parts if part.dtype in (torch.float32, torch.float64)]
+    found = list(torch._foreach_norm(wide)) if wide else []
+    return found + (list(torch._foreach_norm(narrow, 2, dtype=torch.float32)) if narrow else [])
 
 
 def clip_gradients(

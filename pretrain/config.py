@@ -52,12 +52,16 @@ class TrainConfig:
         micro_batch_rows: rows one process takes through the model at a time; 0 takes its whole share. The last time
             may take fewer.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them.
-        precision: `auto` is bfloat16 on CUDA and float32 elsewhere; parameters and state are float32 in both.
+        precision: `auto` is bfloat16 on CUDA and float32 elsewhere, for the products.
+        weights: dtype in which weights and gradients are kept; with bfloat16, recurrences' own parameters and routers
+            stay float32, and AdamW keeps a float32 copy of what has 32-bit moments.
         recompute: which activations a block recomputes in backward.
         compile: compile each block with torch.compile.
         kernels: what computes the operators: `triton`, `torch`, the `reference` definitions (slow), or `auto`, which is
             Triton on GPUs and PyTorch elsewhere.
         nonfinite_limit: updates in a row that may be skipped for a non-finite gradient before the run stops.
+        average_decay: of an exponential moving average of the weights, which `eval`, `export` and `generate` take with
+            `--average`; 0 keeps none.
     """
 
     steps: int
@@ -65,10 +69,12 @@ class TrainConfig:
     micro_batch_rows: int = 0
     clip_norm: float = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["float32", "bfloat16"] = "float32"
     recompute: Recompute = "none"
     compile: bool = False
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     nonfinite_limit: int = 10
+    average_decay: float = 0.0
 
     def problems(self, data_ranks: int | None = None) -> list[str]:
         """Every field out of range, or, for a known number of data-parallel ranks, that does not fit it."""
@@ -79,6 +85,8 @@ class TrainConfig:
         ]
         if self.clip_norm < 0:
             found.append(f"train.clip_norm={self.clip_norm} must not be negative")
+        if not 0.0 <= self.average_decay < 1.0:
+            found.append(f"train.average_decay={self.average_decay} must be at least 0 and below 1")
         if found or not data_ranks:
             return found
         if self.batch_rows % data_ranks:
@@ -171,11 +179,25 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def _weight_problems(self) -> list[str]:
+        found = []
+        kind, narrow = self.optimizer.kind, self.train.weights == "bfloat16"
+        if narrow and kind != "adamw":
+            found.append(f"train.weights=bfloat16 loses {kind}'s small updates; use float32, or optimizer.kind=adamw")
+        if narrow and self.train.precision == "float32":
+            found.append("train.weights=bfloat16 does not go with train.precision=float32; use bfloat16")
+        if self.optimizer.stochastic_rounding and not (narrow and self.optimizer.state_bits == 8):
+            found.append(
+                "optimizer.stochastic_rounding is for bfloat16 weights with 8-bit moments; "
+                "set train.weights=bfloat16 and optimizer.state_bits=8"
+            )
+        return found
+
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything wrong with this configuration, for `world_size` processes where that is known."""
         data_ranks = None if world_size is None else self.parallel.data_ranks(world_size)
         parts = [self.model.problems(), self.data.problems(), self.train.problems(data_ranks)]
-        misfits = []
+        misfits: list[str] = []
         if not any(parts) and not self.parallel.problems():
             misfits = fit_problems(self.parallel, self.model, self.data.seq_len)
             if data_ranks and self.parallel.pp > 1:
@@ -192,6 +214,7 @@ class Config:
             *chain.from_iterable(parts),
             *self.parallel.problems(world_size),
             *misfits,
+            *self._weight_problems(),
             *self.optimizer.problems(),
             *(self.schedule.problems(self.train.steps) if self.train.steps > 0 else []),
             *self.eval.problems(),

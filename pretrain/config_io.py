@@ -132,6 +132,8 @@ def to_tables(config: Any) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            value = [to_tables(entry) for entry in value]
         if value is not None:
             tables[field.name] = to_tables(value) if dataclasses.is_dataclass(value) else value
     return tables
@@ -154,5 +156,7 @@ def _format_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_format_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {_format_value(entry)}' for key, entry in value.items())} }}"
     escaped = "".join(f"\\u{ord(c):04X}" if ord(c) < 32 or c in '"\\\x7f' else c for c in str(value))
     return f'"{escaped}"'

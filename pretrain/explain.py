@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from ..data import Batch
 from ..errors import UserError
 from ..model.config import ModelConfig
-from ..model.lm import HybridLM
 from ..model.rules import ShardRule
 from ..parallel.dry_run import FakeWorld, fake_world, passes_of_step, plan_even_trip
 from ..parallel.experts import set_expert_seams
@@ -27,9 +26,9 @@ from ..parallel.tensor import sum_replicated_gradients
 from ..parallel.traffic import Sent, Traffic
 from .config import Config
 from .engine import Engine
-from .optimizers import Optimizer, build_optimizers
+from .optimizers import Optimizer, build_optimizers, state_size
 from .optimizers.sharded import local_part
-from .run import compute_dtype
+from .run import build_stage, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class Explanation:
         experts: numbers of the experts of each layer that this rank computes; empty where the model has none.
         expert_shard: ranks that hold these same experts and shard them among themselves.
         held: its parameters.
+        optimizer_bytes: of the optimizer's state for the whole model, each parameter counted once.
         sent: each collective and message with how often it occurs.
     """
 
@@ -86,6 +86,7 @@ class Explanation:
     experts: range
     expert_shard: int
     held: list[Held]
+    optimizer_bytes: int
     sent: Counter[Sent]
 
 
@@ -132,6 +133,7 @@ def explain(config: Config, world_size: int, rank: int) -> Explanation:
             experts=_experts(config.model, mesh),
             expert_shard=1 if mesh.experts is None else mesh.size("expert_shard"),
             held=held,
+            optimizer_bytes=_whole_state(config, fake),
             sent=sent,
         )
 
@@ -148,8 +150,7 @@ def _build_engine(config: Config, fake: FakeWorld) -> Engine:
     mine = stages_of_rank(parallel, mesh.rank("pp"))
     models = []
     for stage in mine:
-        with torch.device("meta"):
-            models.append(HybridLM(config.model, cuts[stage]))
+        models.append(build_stage(config, cuts[stage]))
         spread_model(models[-1], mesh, parallel, compute_dtype=dtype, recompute=config.train.recompute)
         set_expert_seams(models[-1], mesh, parallel, plan=partial(plan_even_trip, config=config.model.moe))
     with fake.tensors():
@@ -253,6 +254,13 @@ def _held(engine: Engine, optimizers: list[Optimizer], several_passes: bool) -> 
                 gradient * (_sharded_over(parameter) if several_passes else 1),
                 kept[name],
             )
+
+
+def _whole_state(config: Config, fake: FakeWorld) -> int:
+    """Bytes of the optimizer's state in one process that holds the whole model."""
+    with fake.tensors():
+        model = build_stage(config, None).to_empty(device=fake.world.device)
+        return state_size(build_optimizers([model], config.optimizer)).whole
 
 
 def _sharded_over(parameter: Tensor) -> int:

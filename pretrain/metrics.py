@@ -19,11 +19,12 @@ class Metrics:
         self.file = path.open("ab", buffering=0)
         self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
 
-    def start(self, step: int, tokens: int, kernels: str) -> None:
-        """The run starts, or goes on, after `step`, with operators computed by `kernels`."""
+    def start(self, step: int, tokens: int, kernels: str, optimizer: dict[str, Any]) -> None:
+        """The run starts, or goes on, after `step`, with operators computed by `kernels` and this `optimizer`."""
         names = {"torch": "PyTorch", "triton": "Triton", "reference": "the definitions"}
         self._show(f"operators by {names[kernels]}")
-        self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels})
+        self._show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
+        self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels, "optimizer": optimizer})
 
     def train(self, record: dict[str, Any], seconds_left: float) -> None:
         """One update's record (see docs/metrics.md for its keys)."""

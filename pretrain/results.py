@@ -12,7 +12,7 @@ from .run_folder import replace_file
 from .saved_run import find_run, load_run
 
 
-def evaluate_run(path: Path, world: World) -> dict[str, Any]:
+def evaluate_run(path: Path, world: World, average: bool = False) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run (or the checkpoint at `path`) on the whole held-out split.
 
     Kept in `results.json` of the run folder with the step and the compressors' figures.
@@ -20,14 +20,15 @@ def evaluate_run(path: Path, world: World) -> dict[str, Any]:
     Raises:
         UserError: no held-out documents, data that changed since training, or a damaged checkpoint.
     """
-    run = find_run(path)
-    model, tokenizer, config = load_run(run.checkpoint, device=world.device)
+    run = find_run(path, average)
+    model, tokenizer, config = load_run(run.checkpoint, device=world.device, average=average)
     dataset = TokenDataset(config.data.folder, "heldout")
     check_tokenizer(dataset, tokenizer)
     scorer = WholeModel(model, world.device, world.rank, world.size)
     found = evaluate(scorer, dataset, replace(config.eval, max_tokens=0))
     results = {
         "checkpoint": run.checkpoint.name,
+        "average": average,
         **asdict(found),
         "parameters": config.model.num_params(),
         **{

@@ -9,11 +9,11 @@ import torch
 
 from ..errors import UserError
 from ..parallel.comm import do_together
+from .average import WeightAverage
 from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_rank_tensors, save_checkpoint
 from .optimizers import Optimizer
 
-
-OPTIMIZER = "optim."
+MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optim."
 
 
 @dataclass
@@ -47,10 +47,12 @@ class Facts:
 
 
 def training_tensors(
-    parameters: Mapping[str, torch.Tensor], optimizers: Sequence[Optimizer]
+    parameters: Mapping[str, torch.Tensor], optimizers: Sequence[Optimizer], average: WeightAverage | None = None
 ) -> dict[str, torch.Tensor]:
     """Every tensor that training changes on this process, by its checkpoint key; loading writes into them."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors = {f"{MODEL}{name}": parameter.detach() for name, parameter in parameters.items()}
+    if average is not None:
+        tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in average.state().items()}
     for optimizer in optimizers:
         tensors |= {f"{OPTIMIZER}{name}": tensor for name, tensor in optimizer.state().items()}
     return tensors

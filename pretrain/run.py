@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
@@ -21,12 +22,14 @@ from ..parallel.pipeline import Pipeline
 from ..parallel.spread import spread_model
 from ..parallel.stages import cut_stages, stages_of_rank
 from .agreement import check_agreement
+from .average import WeightAverage
 from .config import Config
 from .engine import Engine
 from .metrics import Metrics
-from .optimizers import Optimizer, build_optimizers
+from .optimizers import Optimizer, build_optimizers, check_groups, state_size
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
 from .run_folder import RunFolder, cut_metrics, open_run_folder, write_record
+from .saved_run import parameter_shapes
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Run:
     world: World
     engine: Engine
     optimizers: list[Optimizer]
+    average: WeightAverage | None
     tensors: dict[str, torch.Tensor]
     loader: BatchLoader
     heldout: TokenDataset | None
@@ -91,15 +95,25 @@ def fill_run(
 ) -> Run:
     """The rest of `build_run`, between opening the folder and the first step. Collective."""
     rows, heldout = data
+    if config.optimizer.groups:
+        check_groups(config.optimizer.groups, parameter_shapes(config.model))
     engine = build_engine(config, mesh, world)
     optimizers = build_optimizers(engine.models, config.optimizer, config.run.seed)
-    tensors = training_tensors(engine.named_parameters(), optimizers)
+    decay = config.train.average_decay
+    average = WeightAverage(engine.named_parameters(), decay) if decay else None
+    tensors = training_tensors(engine.named_parameters(), optimizers, average)
     facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
     fresh = config.checkpoint.fresh_optimizer
     progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
-    record = {"layout": mesh.degrees | carved, "data": facts.data, "resumed_at": progress.step, "kernels": kernels}
+    record = {
+        "layout": mesh.degrees | carved,
+        "data": facts.data,
+        "resumed_at": progress.step,
+        "kernels": kernels,
+        "optimizer": optimizer_facts(config, optimizers, mesh, world.device),
+    }
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = BatchLoader(
@@ -110,7 +124,7 @@ def fill_run(
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    return Run(config, world, engine, optimizers, tensors, loader, heldout, facts, progress, folder, metrics)
+    return Run(config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics)
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:
@@ -143,7 +157,7 @@ def open_record(
     cut_metrics(folder.metrics, progress.step)
     metrics = Metrics(config, folder.metrics)
     if progress.step < config.train.steps:
-        metrics.start(progress.step, progress.tokens, facts["kernels"])
+        metrics.start(progress.step, progress.tokens, facts["kernels"], facts["optimizer"])
     return metrics
 
 
@@ -155,6 +169,22 @@ def data_facts(config: Config, data: TokenDataset) -> dict[str, Any]:
         "seed": config.data.seed,
         "seq_len": config.data.seq_len,
         "batch_rows": config.train.batch_rows,
+    }
+
+
+def optimizer_facts(
+    config: Config, optimizers: list[Optimizer], mesh: Mesh, device: torch.device
+) -> dict[str, str | int | float]:
+    """What updates the parameters and how many bytes it keeps, for the record. Collective over pipeline stages."""
+    size = state_size(optimizers)
+    whole = torch.tensor(size.whole, device=device)
+    if mesh.size("pp") > 1:
+        dist.all_reduce(whole, group=mesh.group("pp"))
+    return {
+        "name": config.optimizer.words,
+        "state_bytes_here": size.here,
+        "state_bytes": int(whole),
+        "state_bytes_per_parameter": int(whole) / config.model.num_params(),
     }
 
 
@@ -211,11 +241,31 @@ def build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
     return Engine(config, world, mesh, models, pipeline)
 
 
-def build_model(config: Config, mesh: Mesh, device: torch.device, stage: range | None) -> HybridLM:
-    """A stage of the model, or all of it, spread and filled."""
+def build_stage(config: Config, stage: range | None) -> HybridLM:
+    """A stage of the model, or all of it, on the meta device, in the dtypes its weights are kept in."""
     with torch.device("meta"):
         model = HybridLM(config.model, stage)
+    if config.train.weights == "bfloat16":
+        exact = [m for m in model.modules() if getattr(m, "keep_fp32", False)]
+        spared = {parameter for module in exact for parameter in module.parameters()}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter not in spared:
+                    narrow = parameter.detach().to(torch.bfloat16)
+                    module.register_parameter(name, torch.nn.Parameter(narrow, parameter.requires_grad))
+    return model
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device, stage: range | None) -> HybridLM:
+    """A stage of the model, or all of it, spread and filled."""
+    model = build_stage(config, stage)
     dtype = compute_dtype(config, device)
+    if config.train.weights == "bfloat16" and dtype != torch.bfloat16:
+        raise UserError(
+            f"train.weights=bfloat16 needs bfloat16 products, and on {device.type} precision is float32; "
+            "set train.precision=bfloat16",
+            everywhere=True,
+        )
     spread_model(model, mesh, config.parallel, compute_dtype=dtype, recompute=config.train.recompute)
     materialise(model, device, config.run.seed)
     if config.train.compile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,17 +14,17 @@ from ..model.config import ModelConfig
 from ..model.lm import HybridLM
 from .checkpoint import latest_checkpoint, load_full, read_extra
 from .config import Config, load_config
-
-MODEL_PREFIX = "model."
+from .resume import AVERAGE, MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """One checkpoint of a run with the run's configuration and tokenizer."""
+    """One checkpoint of a run with its configuration and tokenizer; `average`: the averaged weights are wanted."""
 
     folder: Path
     checkpoint: Path
     config: Config
+    average: bool = False
 
     @property
     def tokenizer_path(self) -> Path:
@@ -32,13 +32,19 @@ class SavedRun:
         return self.folder / "tokenizer.model"
 
 
-def find_run(source: str | Path) -> SavedRun:
+def find_run(source: str | Path, average: bool = False) -> SavedRun:
     """The latest checkpoint of a run folder, or the one whose folder is given (`runs/NAME/checkpoints/step-N`).
 
     Raises:
-        UserError: no such folder, no configuration in it, or no checkpoint yet.
+        UserError: no such folder, no configuration in it, no checkpoint yet, or no averaged weights.
     """
-    source = Path(source)
+    run = _find(Path(source))
+    if average and not run.config.train.average_decay:
+        raise UserError(f"{run.folder} keeps no averaged weights: they come with train.average_decay, as 0.999")
+    return replace(run, average=average)
+
+
+def _find(source: Path) -> SavedRun:
     if not source.is_dir():
         raise UserError(f"{source} does not exist; give a run folder (runs/NAME) or one of its checkpoints")
     if (source / "config.toml").exists():
@@ -71,14 +77,15 @@ def load_tokenizer(run: SavedRun) -> Tokenizer:
 
 
 def load_weights(run: SavedRun, shapes: dict[str, torch.Size], names: list[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of the model from the checkpoint, by parameter name; those in `names`, or all in `shapes`.
+    """Tensors of the model from the checkpoint, float32, by parameter name; those in `names`, or all in `shapes`.
 
     Raises:
         UserError: the checkpoint lacks a parameter or holds another shape than the configuration asks for.
     """
     names = list(shapes) if names is None else names
-    loaded = load_full(run.checkpoint, [MODEL_PREFIX + name for name in names])
-    weights = {name: loaded[MODEL_PREFIX + name] for name in names}
+    prefix = AVERAGE if run.average else MODEL
+    loaded = load_full(run.checkpoint, [prefix + name for name in names])
+    weights = {name: loaded[prefix + name].float() for name in names}
     if wrong := [name for name, tensor in weights.items() if tensor.shape != shapes[name]]:
         raise UserError(
             f"{run.checkpoint}: {wrong[0]} has another shape than {run.folder}/config.toml asks for; "
@@ -102,13 +109,17 @@ def model_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> Hybri
     return model.eval()
 
 
-def load_run(source: str | Path, *, device: str | torch.device = "cpu") -> tuple[HybridLM, Tokenizer, Config]:
+def load_run(
+    source: str | Path, *, device: str | torch.device = "cpu", average: bool = False
+) -> tuple[HybridLM, Tokenizer, Config]:
     """Model (float32, evaluation mode), tokenizer and configuration of a run folder or of one of its checkpoints.
+
+    With `average`, the weights are the averaged ones.
 
     Raises:
         UserError: as `find_run`, `load_tokenizer` and `load_weights`.
     """
-    run = find_run(source)
+    run = find_run(source, average)
     tokenizer = load_tokenizer(run)
     weights = load_weights(run, parameter_shapes(run.config.model))
     return model_from_weights(run.config.model, weights).to(device), tokenizer, run.config

@@ -57,6 +57,8 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
             for optimizer in run.optimizers:
                 optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)
             run.engine.routing.finish_step(run.engine.models, skip)
+            if run.average is not None:
+                run.average.update(skip)
             run.engine.zero_grad()
             skipped += skip
             skipped_in_a_row = (skipped_in_a_row + skip) * skip

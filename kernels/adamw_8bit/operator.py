@@ -122,6 +122,11 @@ def _numbers(update: Update) -> list[float]:
     return [update.lr, update.beta1, update.beta2, update.eps, update.weight_decay]
 
 
+def _as_update(numbers: list[float], step: Tensor, skip: Tensor) -> Update:
+    lr, beta1, beta2, eps, weight_decay = numbers
+    return Update(lr, beta1, beta2, eps, weight_decay, step, skip)
+
+
 @torch.library.custom_op("headrace::adamw_8bit_", mutates_args=("p_RC", "codes1", "scales1", "codes2", "scales2"))
 def _update(
     p_RC: Tensor,
@@ -139,7 +144,7 @@ def _update(
     seed: int,
     fused: bool,
 ) -> None:
-    moments, update = Moments(codes1, scales1, codes2, scales2), Update(*numbers, step, skip)
+    moments, update = Moments(codes1, scales1, codes2, scales2), _as_update(numbers, step, skip)
     rounding = None if row_R is None else Rounding(seed, row_R)
     if fused:
         from .fused import fused_update
@@ -170,7 +175,7 @@ def _maxima(
     grid: list[int],
     fused: bool,
 ) -> Tensor:
-    moments, update = Moments(codes1, scales1, codes2, scales2), Update(*numbers, step, skip)
+    moments, update = Moments(codes1, scales1, codes2, scales2), _as_update(numbers, step, skip)
     found = torch.zeros(2, *scales1.shape, device=grad_RC.device)
     if fused:
         from .fused import fused_maxima

@@ -44,13 +44,15 @@ class ExportReport:
         )
 
 
-def export_hf(source: str | Path, out_dir: str | Path | None = None, *, verify: bool = True) -> ExportReport:
+def export_hf(
+    source: str | Path, out_dir: str | Path | None = None, *, verify: bool = True, average: bool = False
+) -> ExportReport:
     """Writes the model and tokenizer of a run, or of one of its checkpoints, as a Hugging Face model folder.
 
     `out_dir` is `hf/` in the run folder unless it is given. Float32 safetensors (files of up to 5 GB), config.json,
     generation_config.json and the tokenizer. The folder appears whole or not at all; an earlier export in its place
     is replaced. With `verify` it is first loaded with the stock classes: no tensor missing or left over, the same ids
-    and, on a short text, the same logits.
+    and, on a short text, the same logits. With `average`, the weights are the run's averaged ones.
 
     Raises:
         UserError: no stock class computes this model, the tokenizer has no exact equal or does not fit the model,
@@ -59,7 +61,7 @@ def export_hf(source: str | Path, out_dir: str | Path | None = None, *, verify: 
     """
     if verify:
         require_transformers()
-    run = find_run(source)
+    run = find_run(source, average)
     out_dir = run.folder / "hf" if out_dir is None else Path(out_dir)
     check_replaceable(out_dir)
     config = run.config.model

@@ -7,6 +7,7 @@ from .config import GroupConfig, MuonConfig, OptimizerConfig
 from .low_rank import LowRank, LowRankConfig
 from .muon import Muon
 from .sharded import Optimizer
+from .size import StateSize, state_size
 
 __all__ = [
     "AdamW",
@@ -18,6 +19,8 @@ __all__ = [
     "MuonConfig",
     "Optimizer",
     "OptimizerConfig",
+    "StateSize",
     "build_optimizers",
     "check_groups",
+    "state_size",
 ]

@@ -10,6 +10,8 @@ from .sharded import like_parameter, local_part
 class AdamW:
     """Torch's fused AdamW over local parts: the update is elementwise, so sharding does not change it.
 
+    Of parameters in bfloat16 a float32 copy is updated, and rounded to them.
+
     Args:
         parameters: name to parameter, plain or DTensor.
         lr: peak learning rate.
@@ -28,7 +30,8 @@ class AdamW:
     ) -> None:
         self.parameters = dict(parameters)
         self.lr = lr
-        self.local = {name: local_part(parameter) for name, parameter in self.parameters.items()}
+        # What is updated: the parameter itself, or the float32 copy of a narrower one.
+        self.local = {name: _wide(local_part(parameter)) for name, parameter in self.parameters.items()}
         groups = [
             {
                 "params": [local for name, local in self.local.items() if weight_decay[name] == decay],
@@ -47,12 +50,15 @@ class AdamW:
     def step(self, lr_scale: float, skip: torch.Tensor) -> None:
         """See `Optimizer.step`; `found_inf` is the seam gradient scalers use to skip without synchronising."""
         for name, parameter in self.parameters.items():
-            self.local[name].grad = None if parameter.grad is None else local_part(parameter.grad)
+            self.local[name].grad = None if parameter.grad is None else _wide(local_part(parameter.grad))
         for group in self.inner.param_groups:
             group["lr"] = self.lr * lr_scale
         self.inner.found_inf = skip  # type: ignore[attr-defined]
         self.inner.step()
         self.inner.zero_grad()  # else these references keep the gradients in memory until the next update
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != self.local[name].dtype:
+                local_part(parameter).copy_(self.local[name])
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Optimizer.state`."""
@@ -62,4 +68,11 @@ class AdamW:
             found[f"step.{name}"] = slots["step"]
             for slot in ("exp_avg", "exp_avg_sq"):
                 found[f"{slot}.{name}"] = like_parameter(slots[slot], parameter)
+            if parameter.dtype != self.local[name].dtype:
+                found[f"master.{name}"] = like_parameter(self.local[name], parameter)
         return found
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """`x`, as float32 where its dtype is narrower."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

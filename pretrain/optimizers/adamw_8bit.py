@@ -102,8 +102,8 @@ class Part:
     rounding: Rounding | None
 
     @property
-    def grad_RC(self) -> torch.Tensor:
-        """The gradient's part."""
+    def grad(self) -> torch.Tensor:
+        """The gradient's part `(R, C)`."""
         assert self.cut.parameter.grad is not None
         return local_part(self.cut.parameter.grad).reshape(self.p_RC.shape)
 
@@ -151,7 +151,7 @@ class AdamW8bit:
         for name, part in self.parts.items():
             adamw_8bit_(
                 part.p_RC,
-                part.grad_RC,
+                part.grad,
                 part.moments,
                 updates[name],
                 grid=part.cut.grid,
@@ -165,7 +165,7 @@ class AdamW8bit:
         groups: dict[dist.ProcessGroup, list[torch.Tensor]] = defaultdict(list)
         for name, part in self.parts.items():
             if not part.cut.between_blocks:
-                found[name] = block_maxima(part.grad_RC, part.moments, updates[name], grid=part.cut.grid)
+                found[name] = block_maxima(part.grad, part.moments, updates[name], grid=part.cut.grid)
                 assert isinstance(part.cut.parameter, DTensor)
                 for dim in part.cut.dims:
                     groups[part.cut.parameter.device_mesh.get_group(dim)].append(found[name])
@@ -197,4 +197,4 @@ def _part(name: str, parameter: torch.Tensor, block_size: int, rounding_seed: in
     if rounding_seed is not None and local.dtype == torch.bfloat16:
         seed = zlib.crc32(f"{rounding_seed} {name}".encode()) >> 1
         rounding = Rounding(seed, cut.whole_rows())
-    return Part(cut, p_RC, Moments.zeros(*p_RC.shape, blocks, local.device), rounding)
+    return Part(cut, p_RC, Moments.zeros(len(p_RC), cut.grid.columns, blocks, local.device), rounding)

@@ -87,7 +87,7 @@ def test_no_layout_changes_a_bit(gloo: Callable, ranks: int) -> None:
 
 
 def test_only_cuts_inside_blocks_send_anything(gloo: Callable) -> None:
-    """The scales of such parameters, in one message; of 64 columns over two ranks no block is cut, of the others one is."""
+    """The scales of such parameters, in one message; of 64 columns over two ranks no block is cut, of others one is."""
     for result in gloo(2, sharded_runs, ["dp2", "tp2 along rows"]):
         (*_, over_rows), (*_, over_columns) = result
         assert over_rows == []
