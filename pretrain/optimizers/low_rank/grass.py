@@ -63,18 +63,22 @@ class Grass(Method):
         return {"rows": rows_xR, "weights": weights_xR, **again}
 
     def _places(self, rows_xR: Tensor) -> Tensor:
-        """Where this rank has the chosen rows, -1 for those it does not have."""
-        own = self.layout.own_short
+        """Where this rank has the chosen rows, counted through all its matrices, and after the last where it has not."""
+        own, matrices = self.layout.own_short, len(rows_xR)
         place_S = own.new_full((self.layout.S,), -1)
         place_S[own] = torch.arange(len(own), device=own.device)
-        return place_S[rows_xR]
+        places_xR = place_S[rows_xR]
+        before_x1 = torch.arange(matrices, device=own.device)[:, None] * len(own)
+        return torch.where(places_xR < 0, matrices * len(own), places_xR + before_x1)
 
     def _project(self, grad_xsl: Tensor, places_xR: Tensor, weights_xR: Tensor) -> Tensor:
         """The chosen rows that this rank has, zeros for others."""
-        if grad_xsl.shape[1] == 0:
-            return grad_xsl.new_zeros(*places_xR.shape, grad_xsl.shape[2])
-        index_xRl = places_xR.clamp(min=0)[..., None].expand(-1, -1, grad_xsl.shape[2])
-        return grad_xsl.gather(1, index_xRl) * (weights_xR * (places_xR >= 0))[..., None]
+        matrices, s, length = grad_xsl.shape
+        if s == 0:
+            return grad_xsl.new_zeros(*places_xR.shape, length)
+        rows = grad_xsl.reshape(matrices * s, length).index_select(0, places_xR.clamp(max=matrices * s - 1).flatten())
+        weights_xR = weights_xR * (places_xR < matrices * s)
+        return rows.view(*places_xR.shape, length) * weights_xR[..., None]
 
     def _lift(self, grad_xsl: Tensor, inner_xRl: Tensor, places_xR: Tensor, state: State) -> Tensor:
         """The update's rows on this rank."""
@@ -82,8 +86,7 @@ class Grass(Method):
         # A row drawn several times has as many equal updates: each of them is written as their sum.
         times_xR = (rows_xR[:, :, None] == rows_xR[:, None, :]).sum(2)
         lifted_xRl = inner_xRl * (state["weights"] * times_xR)[..., None]
-        # One row more than this rank has takes what is not its own.
-        s = grad_xsl.shape[1]
-        update = grad_xsl.new_zeros(len(grad_xsl), s + 1, grad_xsl.shape[2])
-        index_xRl = places_xR.masked_fill(places_xR < 0, s)[..., None].expand_as(lifted_xRl)
-        return update.scatter_(1, index_xRl, lifted_xRl)[:, :s]
+        matrices, s, length = grad_xsl.shape
+        update = grad_xsl.new_zeros(matrices * s + 1, length)
+        update.index_copy_(0, places_xR.flatten(), lifted_xRl.flatten(0, 1))
+        return update[:-1].view(matrices, s, length)
