@@ -63,7 +63,7 @@ class Grass(Method):
         return {"rows": rows_xR, "weights": weights_xR, **again}
 
     def _places(self, rows_xR: Tensor) -> Tensor:
-        """Where this rank has the chosen rows, counted through all its matrices, and after the last where it has not."""
+        """Rows of all matrices of this rank that are the chosen ones, and for those it has not, how many it has."""
         own, matrices = self.layout.own_short, len(rows_xR)
         place_S = own.new_full((self.layout.S,), -1)
         place_S[own] = torch.arange(len(own), device=own.device)
