@@ -436,3 +436,19 @@ def test_8_bit_moments_have_a_quarter_of_the_bytes_and_the_same_signs() -> None:
         take_steps(build(replace(config, state_bits=bits, rank=2), parameters), range(STEPS))  # type: ignore[arg-type]
         runs.append(torch.cat([(parameters[name] - draw(0)[name]).flatten() for name in parameters]))
     assert torch.nn.functional.cosine_similarity(*runs, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+def test_half_precision_weights_have_float32_state(config: LowRankConfig) -> None:
+    parameters = {name: tensor.bfloat16() for name, tensor in draw(0).items()}
+    optimizer = build(config, parameters)
+    for step in range(STEPS):
+        for name, grad in draw(100 + step).items():
+            parameters[name].grad = grad.bfloat16()
+        optimizer.step(1.0, GO)
+    assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in parameters.values())
+    assert not any(tensor.dtype == torch.bfloat16 for tensor in optimizer.state().values())
+    exact = draw(0)
+    take_steps(build(config, exact), range(STEPS))
+    for name, tensor in parameters.items():
+        assert (tensor - exact[name]).norm() < 0.02 * exact[name].norm(), name

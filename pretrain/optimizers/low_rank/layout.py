@@ -98,6 +98,9 @@ class MatrixLayout:
 
     Args:
         parameter: (rows, columns) or a stack (X, rows, columns), plain or DTensor, cut on any dimensions.
+
+    Attributes:
+        dtype: of state and of all that is computed, at least float32.
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -107,6 +110,7 @@ class MatrixLayout:
         self.is_stack = parameter.ndim == 3
         self.X = parameter.shape[0] if self.is_stack else 1
         self.parameter = parameter.detach()
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         short, long = (-2, -1) if self.lies_down else (-1, -2)
         self._dims = {"short": parameter.ndim + short, "long": parameter.ndim + long}
         self.short, self.long = self._cut("short"), self._cut("long")
@@ -147,7 +151,7 @@ class MatrixLayout:
         return self.long.sum(self.short.sum(partial_x))
 
     def zeros(self, kind: Kind, rank: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the state, this rank's part, on the parameter's device and, if not said, of its dtype."""
+        """A tensor of the state, this rank's part, on the parameter's device; of `dtype`, else of the layout's."""
         count, short, long = len(self.own_stack), len(self.own_short), len(self.own_long)
         rank_of_basis, rank_of_moment = self.long.stretch(rank), self.short.stretch(rank)
         shapes: dict[Kind, tuple[int, ...]] = {
@@ -160,7 +164,7 @@ class MatrixLayout:
             "matrices": (count,),
         }
         local = self.parameter.to_local() if isinstance(self.parameter, DTensor) else self.parameter
-        return local.new_zeros(shapes[kind], dtype=dtype)
+        return local.new_zeros(shapes[kind], dtype=dtype or self.dtype)
 
     def as_whole(self, local: Tensor, kind: Kind, rank: int) -> Tensor:
         """`local`, made by `zeros`, as a tensor that knows its whole shape, sharing its memory."""

@@ -78,10 +78,10 @@ class Method(ABC):
         """
         text = f"{self.config.seed} {self.name} {number}"
         seed = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
-        like = self.layout.parameter
-        generator = torch.Generator(like.device).manual_seed(seed)
+        device = self.layout.parameter.device
+        generator = torch.Generator(device).manual_seed(seed)
         fill = torch.rand if uniform else torch.randn
-        return fill(shape, generator=generator, dtype=like.dtype, device=like.device)
+        return fill(shape, generator=generator, dtype=self.layout.dtype, device=device)
 
     def adam(self, grad: Tensor, state: State, count: Tensor) -> tuple[Tensor, State]:
         """Adam (arXiv:1412.6980, algorithm 1) on the moments `exp_avg` and `exp_avg_sq`; the update and new moments."""

@@ -78,11 +78,11 @@ class LowRank:
             parameter = self.parameters[name]
             assert parameter.grad is not None
             # Decompositions raise for what is not finite; what a skipped update makes of zeros is not kept.
-            grad = method.layout.lying(local_part(parameter.grad)).masked_fill(keep, 0)
+            grad = method.layout.lying(local_part(parameter.grad)).masked_fill(keep, 0).to(method.layout.dtype)
             update, changed = method.step(grad, self.stores[name].read(), now)
             weights = method.layout.lying(local_part(parameter))
-            after = (weights * (1.0 - lr * self.weight_decay[name])).sub_(update, alpha=lr)
-            weights.copy_(torch.where(keep, weights, after))
+            after = (weights.to(method.layout.dtype) * (1.0 - lr * self.weight_decay[name])).sub_(update, alpha=lr)
+            weights.copy_(torch.where(keep, weights, after.to(weights.dtype)))
             self.stores[name].write(changed, keep)
         self.clock.count += ~keep
 

@@ -45,7 +45,7 @@ class Store:
         for slot in self.coded:
             scales_xrl = self.tensors[f"{slot}_scales"][..., self.blocks_l]
             values = self._book(slot).lookup(self.tensors[f"{slot}_codes"]) * scales_xrl
-            found[slot] = values.to(self.layout.parameter.dtype)
+            found[slot] = values.to(self.layout.dtype)
         return found
 
     def write(self, changed: State, keep: Tensor) -> None:
