@@ -206,6 +206,29 @@ def _swiglu(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything:
     return Problem(tensors, call, ("y",), per_token=("gate", "up", "y"), native=native)
 
 
+def _adamw_8bit(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything: bool) -> Problem:
+    """One update of a parameter `(R, C)`, on a copy of it; for the harness with the gradient of a sum."""
+    from headrace.kernels.adamw_8bit import BlockGrid, Moments, Update, adamw_8bit_
+
+    rows, columns = sizes
+    grid = BlockGrid.whole(columns, 256)
+    moments = Moments.zeros(rows, columns, grid.num_blocks, torch.device(device))
+    one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+    update = Update(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=one, skip=zero)
+    tensors: dict[str, Tensor | None] = {name: normal(device, dtype, *sizes) for name in ("p", "grad")}
+
+    def call(backend: str, p: Tensor, grad: Tensor) -> Outputs:
+        for moment in moments:
+            moment.zero_()
+        new = p.detach().clone()
+        adamw_8bit_(new, grad.detach(), moments, update, grid=grid, backend=backend)
+        return (new + (p - p.detach()) + (grad - grad.detach()),)
+
+    # Parameter, gradient and codes are read, all but the gradient written; scales are a thousandth of that.
+    traffic = rows * columns * (3 * dtype.itemsize + 4), 0
+    return Problem(tensors, call, ("p",), traffic=traffic)
+
+
 def _cross_entropy(device: str, dtype: torch.dtype, sizes: tuple[int, ...], everything: bool) -> Problem:
     from headrace.kernels import linear_cross_entropy
 
@@ -360,5 +383,6 @@ OPERATORS = [
         exact=(1024, 8, 512, 256),
         timed=((131072, 128, 768, 2048), (4096, 128, 768, 2048)),
     ),
+    Operator("adamw_8bit", _adamw_8bit, dry=(3, 40), exact=(512, 1000), timed=((4096, 4096),)),
     Operator("embedding", _embedding, dry=(24, 16, 16), exact=(4096, 1024, 512), timed=((16384, 50280, 2048),)),
 ]

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,16 @@ from headrace.model.presets import PRESETS
 from headrace.pretrain.optimizers import LowRankConfig, OptimizerConfig, build_optimizers, state_size
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-METHODS = ("galore", "online_subspace", "grass", "flora", "grass_walk", "grass_jump", "subset_norm", "subspace_momentum")
+METHODS = (
+    "galore",
+    "online_subspace",
+    "grass",
+    "flora",
+    "grass_walk",
+    "grass_jump",
+    "subset_norm",
+    "subspace_momentum",
+)
 OURS: dict[str, OptimizerConfig] = {
     "AdamW": OptimizerConfig(),
     "AdamW, 8 bits": OptimizerConfig(state_bits=8, embedding_bits=8),
@@ -62,7 +72,9 @@ def build(name: str, layers: int) -> Rival:
     inner = _theirs(name, model.parameters())
 
     def state_bytes() -> int:
-        tensors = [t for slots in inner.state.values() for t in slots.values() if isinstance(t, torch.Tensor) and t.ndim]
+        tensors = [
+            t for slots in inner.state.values() for t in slots.values() if isinstance(t, torch.Tensor) and t.ndim
+        ]
         books = {id(t): t for t in tensors if t.numel() == 256 and t.dtype == torch.float32}  # shared by all
         return sum(t.nbytes for t in tensors if id(t) not in books)
 
@@ -127,10 +139,11 @@ def peak(name: str, layers: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         rival.step()
         return torch.cuda.max_memory_allocated() - before
-    held = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    own = Path("/proc/self")
+    held = int((own / "statm").read_text().split()[1]) * resource.getpagesize()
+    (own / "clear_refs").write_text("5")  # the peak begins anew
     rival.step()
-    status = open("/proc/self/status").read()
+    status = (own / "status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 - held
 
 

@@ -80,6 +80,7 @@ def _segments(_: int) -> list[tuple[str, Sizes]]:
 
 FAMILIES = {
     "swiglu": Family(lambda _: [("swiglu", (4, 4096, 5504))]),
+    "adamw_8bit": Family(lambda _: [("adamw_8bit", (8192, 8192))], "forward", "fp32"),
     "ssd": Family(_ssd),
     "ssd_exact": Family(lambda N: [("ssd_scan", (2, 2048, 64, 64, 1, N))], dtype="fp32"),
     "conv1d_forward": Family(lambda K: [("causal_conv1d", (4, 4096, 6144, K))], "forward"),

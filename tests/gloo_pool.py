@@ -5,6 +5,7 @@ an interpreter start and an `import torch` for every rank. A function travels as
 the file itself, so functions in test modules can be sent although those modules are on no import path.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -236,6 +237,13 @@ def _load_module(name: str, file: str) -> ModuleType:
     """The module `name`, imported by name or, for a test module, from its file under the name it has in the parent."""
     if name in sys.modules:
         return sys.modules[name]
+    try:
+        return _import(name, file)
+    finally:
+        gc.freeze()  # what modules hold stays: no collection need look at it again
+
+
+def _import(name: str, file: str) -> ModuleType:
     root = Path(__file__).parent
     if root not in Path(file).parents:
         return importlib.import_module(name)

@@ -2,8 +2,9 @@
 
 from .code_books import CodeBook, code_book
 from .grid import BlockGrid
-from .operator import Moments, Rounding, Update, adamw_8bit_, block_maxima
+from .operator import adamw_8bit_, block_maxima
 from .reference import adamw_8bit_reference, dequantise, quantise
+from .update import Moments, Rounding, Update
 
 __all__ = [
     "BlockGrid",

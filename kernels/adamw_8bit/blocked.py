@@ -1,9 +1,5 @@
 """8-bit AdamW in PyTorch, on any device: a few rows at a time, so that what is computed stays within cache."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,9 +7,7 @@ from ..numerics import blocks, compute_dtype
 from .code_books import CodeBook, code_book
 from .grid import BlockGrid
 from .rounding import round_stochastically
-
-if TYPE_CHECKING:
-    from .operator import Moments, Rounding, Update
+from .update import Moments, Rounding, Update
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -1,9 +1,5 @@
 """8-bit AdamW on a GPU: one pass that reads and writes everything once."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +9,7 @@ from ..launch import architecture, launch
 from ..tiles import tile
 from .code_books import code_book
 from .grid import BlockGrid
-
-if TYPE_CHECKING:
-    from .operator import Moments, Rounding, Update
+from .update import Moments, Rounding, Update
 
 ONE_PASS, MAXIMA, WITH_MAXIMA = 0, 1, 2
 

@@ -1,17 +1,11 @@
 """The definition of 8-bit AdamW: whole rows, one block after the other (arXiv:2110.02861, section 2)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype
 from .code_books import dynamic_values
-
-if TYPE_CHECKING:
-    from .operator import Moments, Update
+from .update import Moments, Update
 
 
 def quantise(x_RC: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:

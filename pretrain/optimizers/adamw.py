@@ -1,6 +1,7 @@
 """AdamW (Loshchilov and Hutter, arXiv:1711.05101) through PyTorch's fused kernel, on each rank's own part."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -32,14 +33,14 @@ class AdamW:
         self.lr = lr
         # What is updated: the parameter itself, or the float32 copy of a narrower one.
         self.local = {name: _wide(local_part(parameter)) for name, parameter in self.parameters.items()}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [local for name, local in self.local.items() if weight_decay[name] == decay],
                 "weight_decay": decay,
             }
             for decay in dict.fromkeys(weight_decay[name] for name in self.local)
         ]
-        self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.inner = self._build(groups, lr=lr, betas=betas, eps=eps)
         for local in self.local.values():
             self.inner.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),
@@ -48,17 +49,26 @@ class AdamW:
             }
 
     def step(self, lr_scale: float, skip: torch.Tensor) -> None:
-        """See `Optimizer.step`; `found_inf` is the seam gradient scalers use to skip without synchronising."""
+        """See `Optimizer.step`."""
         for name, parameter in self.parameters.items():
             self.local[name].grad = None if parameter.grad is None else _wide(local_part(parameter.grad))
-        for group in self.inner.param_groups:
-            group["lr"] = self.lr * lr_scale
-        self.inner.found_inf = skip  # type: ignore[attr-defined]
-        self.inner.step()
+        self._step(self.lr * lr_scale, skip)
         self.inner.zero_grad()  # else these references keep the gradients in memory until the next update
         for name, parameter in self.parameters.items():
             if parameter.dtype != self.local[name].dtype:
                 local_part(parameter).copy_(self.local[name])
+
+    def _build(
+        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    def _step(self, lr: float, skip: torch.Tensor) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        # The seam that gradient scalers use to skip without synchronising.
+        self.inner.found_inf = skip  # type: ignore[attr-defined]
+        self.inner.step()
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Optimizer.state`."""

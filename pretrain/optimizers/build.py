@@ -12,6 +12,7 @@ from ...model.lm import HybridLM
 from ...model.rules import ParameterKind
 from .adamw import AdamW
 from .adamw_8bit import AdamW8bit
+from .apex import ApexAdamW
 from .config import GroupConfig, OptimizerConfig
 from .low_rank import LowRank
 from .muon import Muon
@@ -102,4 +103,5 @@ def _build(
             block_size=config.block_size,
             rounding_seed=seed if config.stochastic_rounding else None,
         )
-    return AdamW(members, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+    adamw = ApexAdamW if config.implementation == "apex" else AdamW
+    return adamw(members, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay)

@@ -38,7 +38,7 @@ class GroupConfig:
     """What is different for the parameters whose names match; the first group that does counts.
 
     Attributes:
-        names: a pattern of the shell (`*`, `?`, `[...]`) over whole names, as `layers.*.router.*`.
+        names: a pattern of the shell (`*`, also for dots, `?`, `[...]`) over whole names, as `layers.*.router.*`.
         lr_scale: factor on the learning rate.
         weight_decay: instead of the run's; None keeps that.
     """
@@ -66,9 +66,11 @@ class OptimizerConfig:
         lr: AdamW's peak learning rate.
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's denominator floor.
-        weight_decay: decoupled decay of matrices; norms, biases, `A_log`, `D`, `dt_bias` and convolutions have none.
+        weight_decay: decoupled decay of matrices; norms, biases, `A_log`, `D` and `dt_bias` have none.
         state_bits: of AdamW's moments; with 8, matrices and the head have 8-bit codes, and what is small or sensitive
             (`A_log`, `D`, `dt_bias`, norms, biases, convolutions, routers, embeddings) keeps 32 bits.
+        implementation: what computes AdamW with 32-bit moments: torch's fused kernels, or NVIDIA Apex's where they are
+            installed.
         embedding_bits: of the embedding's moments where `state_bits` is 8.
         block_size: columns that share a scale of 8-bit moments.
         min_8bit_size: parameters with fewer elements keep 32 bits.
@@ -85,6 +87,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     state_bits: Literal[32, 8] = 32
+    implementation: Literal["torch", "apex"] = "torch"
     embedding_bits: Literal[32, 8] = 32
     block_size: int = 256
     min_8bit_size: int = 4096
@@ -96,10 +99,15 @@ class OptimizerConfig:
     @property
     def words(self) -> str:
         """What updates the parameters, in words."""
-        adamw = f"AdamW with {self.state_bits}-bit moments"
+        fused = {"torch": "torch's fused AdamW", "apex": "NVIDIA Apex's fused AdamW"}[self.implementation]
+        adamw = (
+            f"{fused}, 32-bit moments"
+            if self.state_bits == 32
+            else f"AdamW, 8-bit moments in blocks of {self.block_size}"
+        )
         if self.kind == "adamw":
             return adamw
-        return f"{'Muon' if self.kind == 'muon' else self.low_rank.method} for matrices, {adamw} for the rest"
+        return f"{'Muon' if self.kind == 'muon' else self.low_rank.method} for matrices; for the rest {adamw}"
 
     def state_facts(self) -> dict[str, str | int]:
         """What the optimizer's state is made of: state goes on only under the same."""
