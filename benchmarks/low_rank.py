@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0])
     parser.add_argument("--only", nargs="+", choices=tuple(RIVALS), default=tuple(RIVALS))
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # times on shared cores: several threads would wait for each other
     adam_config = load_config(CONFIG, options_of("adamw", 1.0, options.steps))
     adam_bytes = state_bytes(build(matrices_of(adam_config), adam_config.optimizer))
     print(
