@@ -3,7 +3,9 @@
 `python benchmarks/optimizers.py` prints, for each: seconds of an update and their ratio to torch's fused AdamW (the
 median over rounds, in each of which all are timed one after the other), bytes of state a parameter, and the most memory
 that an update needs beside parameters, gradients and state (in a process of its own). CPU-seconds on one thread, or
-seconds on a GPU where there is one. bitsandbytes, and torchao on a GPU, are taken where they are installed.
+seconds on a GPU where there is one. bitsandbytes, and torchao on a GPU, are taken where they are installed. Low-rank
+methods are timed between two choices of a basis. `--bandwidth 32768` times the 8-bit update of 2^30 parameters beside a
+copy.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from headrace.kernels.adamw_8bit import BlockGrid, Moments, Update, adamw_8bit_
 from headrace.model.lm import HybridLM
 from headrace.model.presets import PRESETS
 from headrace.pretrain.optimizers import LowRankConfig, OptimizerConfig, build_optimizers, state_size
@@ -39,7 +42,10 @@ OURS: dict[str, OptimizerConfig] = {
     "AdamW": OptimizerConfig(),
     "AdamW, 8 bits": OptimizerConfig(state_bits=8, embedding_bits=8),
     "Muon": OptimizerConfig(kind="muon"),
-    **{name: OptimizerConfig(kind="low_rank", low_rank=LowRankConfig(method=name, rank=64)) for name in METHODS},
+    **{
+        name: OptimizerConfig(kind="low_rank", low_rank=LowRankConfig(method=name, rank=64, min_side=64))
+        for name in METHODS
+    },
 }
 
 
@@ -153,17 +159,46 @@ def peak_apart(name: str, layers: int) -> int:
     return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
 
 
+def bandwidth(side: int, rounds: int) -> None:
+    """An update of one float32 parameter `(side, side)` with 8-bit moments, beside a copy of as many bytes."""
+    grid = BlockGrid.whole(side, 256)
+    p, grad = (torch.randn(side, side, device=DEVICE) for _ in range(2))
+    moments = Moments.zeros(side, side, grid.num_blocks, DEVICE)
+    one, zero = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    update = Update(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=one, skip=zero)
+    # Read: parameter, gradient, two codes; written: all but the gradient; scales are a hundredth of that.
+    moved = side * side * (3 * 4 + 4) + 4 * moments.scales1.nbytes
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    calls = {"update": lambda: adamw_8bit_(p, grad, moments, update, grid=grid), "copy": lambda: target.copy_(source)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            seconds[name].append(timed(call))
+    rates = {name: moved / statistics.median(times[1:]) / 1e9 for name, times in seconds.items()}
+    share = rates["update"] / rates["copy"]
+    print(
+        f"{side * side:,} numbers: update {rates['update']:.1f} GB/s, copy {rates['copy']:.1f} GB/s, {share:.2f} of it"
+    )
+
+
 def main() -> None:
     """Time all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="names, beside torch's")
+    parser.add_argument(
+        "--bandwidth", type=int, metavar="SIDE", help="only an update of SIDE x SIDE numbers, and a copy"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak_of:
         print(json.dumps(peak(options.peak_of, options.layers)))
+        return
+    if options.bandwidth:
+        bandwidth(options.bandwidth, options.rounds)
         return
     chosen = [name for name in names() if not options.only or name in ("torch fused AdamW", *options.only)]
     rivals = {name: build(name, options.layers) for name in chosen}

@@ -120,6 +120,8 @@ def make_plan(x_BLHP: Tensor, B_BLGN: Tensor) -> Plan:
     arch, processors = architecture(x_BLHP), num_processors(x_BLHP)
     exact = x_BLHP.dtype == torch.float32
     choice = tile("ssd_exact" if exact else "ssd", arch, f"n{max(64, triton.next_power_of_2(N))}")
+    if x_BLHP.dtype == torch.float16:  # its conversions take registers that bfloat16 has over
+        choice["gradients_p"] = choice.get("gradients_p_float16", choice["gradients_p"])
     block_p = min(choice["block_p"], max(16, triton.next_power_of_2(P)))
     chunks = triton.cdiv(L, choice["chunk"])
     column_blocks = triton.cdiv(N, choice["columns"])
