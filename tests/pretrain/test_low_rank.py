@@ -35,13 +35,14 @@ from headrace.pretrain.optimizers.low_rank.layout import MatrixLayout
 from headrace.pretrain.optimizers.low_rank.optimizer import METHODS
 from spread import Case, Rows, build_engine
 
-# Rows and columns that no number of ranks divides, a matrix of which some ranks have no rows, experts.
-SHAPES = {"tall": (10, 6), "uneven": (5, 7), "narrow": (3, 8), "stack": (4, 6, 8)}
+# Rows and columns that no number of ranks divides, matrices of which some ranks have no rows, experts.
+SHAPES = {"tall": (10, 6), "uneven": (5, 7), "narrow": (3, 8), "few": (5, 3), "stack": (4, 6, 8)}
 STEPS = 5
 LR_SCALES = [1.0 - 0.1 * step for step in range(STEPS)]
 GO, SKIP = torch.zeros(()), torch.ones(())
 CASES = [LowRankConfig(method=method, rank=2, refresh_steps=2, lr=0.02, seed=5) for method in METHODS]
 CASES.append(LowRankConfig(method="grass", rows="sampled", rank=2, refresh_steps=2, lr=0.02, seed=5))
+CODED = [replace(config, state_bits=8) for config in CASES if config.method in ("grass", "subspace_momentum")]
 NAMES = [f"{case.method}-{case.rows}" if case.method == "grass" else case.method for case in CASES]
 
 
@@ -88,7 +89,7 @@ class Cut:
 CUTS = {
     "dp2": Cut((2,), (Shard(0),), (Shard(0),), ("tall", "uneven", "stack")),
     "tp2 columns": Cut((2,), (Shard(1),), (Shard(2),), ("tall", "uneven", "stack")),
-    "dp4": Cut((4,), (Shard(0),), (Shard(1),), ("narrow", "stack")),
+    "dp4": Cut((4,), (Shard(0),), (Shard(1),), ("narrow", "few", "stack")),
     "replicas and dp": Cut((2, 2), (Replicate(), Shard(0)), (Replicate(), Shard(2)), ("tall",)),
     "dp and tp columns": Cut((2, 2), (Shard(0), Shard(1)), (Shard(0), Shard(2)), ("uneven", "stack")),
     "dp and tp rows": Cut(
@@ -127,16 +128,19 @@ def whole(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_cut_changes_the_update(gloo: Callable, ranks: int) -> None:
     """Whole state too: what is saved under one layout is what another loads."""
+    configs = CASES + CODED
     cuts = {name: cut for name, cut in CUTS.items() if torch.Size(cut.mesh).numel() == ranks}
-    expected, states = [reference_run(config) for config in CASES], []
-    for config in CASES:
+    expected, states = [], []
+    for config in configs:
         optimizer = build(config, draw(0))
         take_steps(optimizer, range(STEPS))
+        # Codes may fall to either side of a threshold for a reference that rounds differently.
+        expected.append(reference_run(config) if config.state_bits == 32 else optimizer.parameters)
         states.append(optimizer.state())
-    for rank, found in enumerate(gloo(ranks, sharded_runs, CASES, list(cuts.values()), timeout_s=200)):
+    for rank, found in enumerate(gloo(ranks, sharded_runs, configs, list(cuts.values()), timeout_s=200)):
         for i, (parameters, state) in enumerate(found):
-            cut, case = list(cuts)[i // len(CASES)], i % len(CASES)
-            where = f"rank {rank}, {cut}, {NAMES[case]}: "
+            cut, case = list(cuts)[i // len(configs)], i % len(configs)
+            where = f"rank {rank}, {cut}, {configs[case].method}: "
             for name, tensor in parameters.items():
                 assert_close(tensor, expected[case][name], where + name)
             shapes = CUTS[cut].shapes
@@ -171,10 +175,7 @@ def state_elements() -> list[tuple[int, int]]:
     return found
 
 
-CODED = [replace(config, state_bits=8) for config in CASES if config.method in ("galore", "grass_walk")]
-
-
-@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "grass-8", "sampled-8", "subspace_momentum-8"])
 def test_a_skipped_update_never_was(config: LowRankConfig) -> None:
     """Not finite gradients before every update, of which some choose a basis: no bit differs."""
     expected = build(config, draw(0))
@@ -190,7 +191,7 @@ def test_a_skipped_update_never_was(config: LowRankConfig) -> None:
     assert_equal((expected.parameters, expected.state()), (skipping.parameters, skipping.state()))
 
 
-@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "grass-8", "sampled-8", "subspace_momentum-8"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_loaded_state_goes_on_bit_for_bit(config: LowRankConfig, stop: int) -> None:
     expected = build(config, draw(0))
@@ -214,7 +215,7 @@ def assert_equal(expected: tuple[dict[str, Tensor], ...], found: tuple[dict[str,
 
 def test_a_checkpoint_loads_under_another_cut(gloo: Callable, tmp_path: Path) -> None:
     """Saved by four ranks that cut rows twice and loaded by two that cut columns, then trained on."""
-    configs = [config for config in [*CASES, *CODED] if config.method in ("online_subspace", "grass_walk", "flora")]
+    configs = [config for config in [*CASES, *CODED] if config.method in ("grass_walk", "subspace_momentum", "flora")]
     gloo(4, save_states, configs, CUTS["dp and tp rows"], tmp_path)
     for parameters, config in zip(gloo(2, go_on, configs, CUTS["tp2 columns"], tmp_path)[0], configs, strict=True):
         expected = build(config, draw(0))
@@ -438,7 +439,7 @@ def test_8_bit_moments_have_a_quarter_of_the_bytes_and_the_same_signs() -> None:
     assert torch.nn.functional.cosine_similarity(*runs, dim=0) > 0.99
 
 
-@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "galore-8", "grass_walk-8"])
+@pytest.mark.parametrize("config", [*CASES, *CODED], ids=[*NAMES, "grass-8", "sampled-8", "subspace_momentum-8"])
 def test_half_precision_weights_have_float32_state(config: LowRankConfig) -> None:
     parameters = {name: tensor.bfloat16() for name, tensor in draw(0).items()}
     optimizer = build(config, parameters)
