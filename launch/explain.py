@@ -32,7 +32,8 @@ def _layout_lines(found: Explanation) -> list[str]:
         f"  rank {found.rank} ({places or 'alone'}) holds {held}",
         f"  and works on tokens {tokens} of rows of {found.config.data.seq_len:,}{tp}",
         f"  an update: {train.batch_rows} rows, of which this rank takes {found.rows} in {found.micro_batches} passes",
-        f"  precision {found.precision}, recompute {train.recompute}, {found.config.optimizer.words}",
+        f"  precision {found.precision}, recompute {train.recompute}",
+        f"  {found.config.optimizer.words}",
     ]
     if found.degrees["cp"] > 1:
         lines.append(
@@ -112,8 +113,8 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
         f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer state "
         f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
         *([note] if apart else []),
-        f"  the whole model has {whole:,} parameters{met}, and {found.optimizer_bytes / whole:.2f} bytes of optimizer "
-        f"state for each, {_bytes(found.optimizer_bytes)} in all",
+        f"  the whole model has {whole:,} parameters{met}",
+        f"  and {_bytes(found.optimizer_bytes)} of optimizer state, {found.optimizer_bytes / whole:.2f} bytes a parameter",
     ]
 
 

@@ -259,7 +259,7 @@ def _held(engine: Engine, optimizers: list[Optimizer], several_passes: bool) -> 
 def _whole_state(config: Config, fake: FakeWorld) -> int:
     """Bytes of the optimizer's state in one process that holds the whole model."""
     with fake.tensors():
-        model = build_stage(config, None).to_empty(device=fake.world.device)
+        model = build_stage(config, None, str(fake.world.device))
         return state_size(build_optimizers([model], config.optimizer)).whole
 
 

@@ -26,10 +26,9 @@ from .average import WeightAverage
 from .config import Config
 from .engine import Engine
 from .metrics import Metrics
-from .optimizers import Optimizer, build_optimizers, check_groups, state_size
+from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
 from .run_folder import RunFolder, cut_metrics, open_run_folder, write_record
-from .saved_run import parameter_shapes
 
 
 @dataclass
@@ -95,8 +94,7 @@ def fill_run(
 ) -> Run:
     """The rest of `build_run`, between opening the folder and the first step. Collective."""
     rows, heldout = data
-    if config.optimizer.groups:
-        check_groups(config.optimizer.groups, parameter_shapes(config.model))
+    check_parameters(config.optimizer, build_stage(config, None))
     engine = build_engine(config, mesh, world)
     optimizers = build_optimizers(engine.models, config.optimizer, config.run.seed)
     decay = config.train.average_decay
@@ -241,9 +239,9 @@ def build_engine(config: Config, mesh: Mesh, world: World) -> Engine:
     return Engine(config, world, mesh, models, pipeline)
 
 
-def build_stage(config: Config, stage: range | None) -> HybridLM:
-    """A stage of the model, or all of it, on the meta device, in the dtypes its weights are kept in."""
-    with torch.device("meta"):
+def build_stage(config: Config, stage: range | None, device: str = "meta") -> HybridLM:
+    """A stage of the model, or all of it, in the dtypes its weights are kept in, and without values."""
+    with torch.device(device):
         model = HybridLM(config.model, stage)
     if config.train.weights == "bfloat16":
         exact = [m for m in model.modules() if getattr(m, "keep_fp32", False)]

@@ -2,7 +2,7 @@
 
 from .adamw import AdamW
 from .adamw_8bit import AdamW8bit
-from .build import build_optimizers, check_groups
+from .build import build_optimizers, check_parameters
 from .config import GroupConfig, MuonConfig, OptimizerConfig
 from .low_rank import LowRank, LowRankConfig
 from .muon import Muon
@@ -21,6 +21,6 @@ __all__ = [
     "OptimizerConfig",
     "StateSize",
     "build_optimizers",
-    "check_groups",
+    "check_parameters",
     "state_size",
 ]

@@ -14,7 +14,7 @@ from .adamw import AdamW
 from .adamw_8bit import AdamW8bit
 from .apex import ApexAdamW
 from .config import GroupConfig, OptimizerConfig
-from .low_rank import LowRank
+from .low_rank import METHODS, LowRank, check_rank
 from .muon import Muon
 from .sharded import Optimizer
 
@@ -68,10 +68,18 @@ def group_of(name: str, groups: Iterable[GroupConfig]) -> GroupConfig:
     return next((group for group in groups if fnmatchcase(name, group.names)), GroupConfig(names="*"))
 
 
-def check_groups(groups: Iterable[GroupConfig], names: Iterable[str]) -> None:
-    """Raises UserError for a group that none of the whole model's parameters belongs to."""
-    names = list(names)
-    for group in groups:
+def check_parameters(config: OptimizerConfig, model: HybridLM) -> None:
+    """What can be known of a whole model, on any device, before it is spread.
+
+    Raises:
+        UserError: a group that no parameter belongs to, or a rank that some matrix has no room for.
+    """
+    parameters, kinds = dict(model.named_parameters()), model.parameter_kinds()
+    names = list(parameters)
+    low_rank = {name: p for name, p in parameters.items() if choose(p, kinds[name], config) == "low_rank"}
+    if low_rank and METHODS[config.low_rank.method].needs_rank:
+        check_rank(low_rank, config.low_rank)
+    for group in config.groups:
         if not any(fnmatchcase(name, group.names) for name in names):
             raise UserError(
                 f"optimizer.groups: names={group.names!r} matches no parameter; they are named like {names[1]!r}",

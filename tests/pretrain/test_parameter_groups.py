@@ -8,7 +8,7 @@ import torch
 from headrace.errors import UserError
 from headrace.model.lm import HybridLM
 from headrace.pretrain.config import Config, load_config
-from headrace.pretrain.optimizers import AdamW, AdamW8bit, Muon, build_optimizers, check_groups, state_size
+from headrace.pretrain.optimizers import AdamW, AdamW8bit, Muon, build_optimizers, check_parameters, state_size
 from tiny import tiny_config
 
 GROUPS = 'optimizer.groups=[{names="*.out_proj.*", lr_scale=0.5}, {names="layers.*.norm.weight", weight_decay=0.3}]'
@@ -63,9 +63,9 @@ def test_bad_groups(tmp_path: Path, groups: str, message: str) -> None:
 def test_a_group_of_nothing_is_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, "optimizer.groups=[{names='*.in_proj.*'}]")
     with torch.device("meta"):
-        names = dict(HybridLM(config.model).named_parameters())
+        model = HybridLM(config.model)
     with pytest.raises(UserError, match=r"names='\*.in_proj.\*' matches no parameter; they are named like 'layers.0"):
-        check_groups(config.optimizer.groups, names)
+        check_parameters(config.optimizer, model)
 
 
 def test_what_keeps_32_bits(tmp_path: Path) -> None:

@@ -106,5 +106,6 @@ def check_rank(parameters: Mapping[str, torch.Tensor], config: LowRankConfig) ->
         raise UserError(
             f"optimizer.low_rank.rank={config.rank} is above the smaller size of {name} ({rows} x {columns}); set it "
             f"to {min(rows, columns)} or less, or optimizer.low_rank.min_side={config.rank} to leave such matrices to "
-            "AdamW"
+            "AdamW",
+            everywhere=True,
         )
