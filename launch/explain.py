@@ -114,7 +114,7 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
         f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
         *([note] if apart else []),
         f"  the whole model has {whole:,} parameters{met}",
-        f"  and {_bytes(found.optimizer_bytes)} of optimizer state, {found.optimizer_bytes / whole:.2f} bytes a parameter",
+        f"  and {_bytes(found.optimizer_bytes)} of optimizer state, {found.optimizer_bytes / whole:.2f} bytes for each",
     ]
 
 

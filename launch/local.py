@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -38,6 +41,15 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def pass_on(number: int, _frame: FrameType | None) -> None:
+    """Give a signal to the processes that this one started; Linux only."""
+    own = os.getpid()
+    children = Path(f"/proc/{own}/task/{own}/children")
+    for pid in children.read_text().split() if children.exists() else []:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+
+
 def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
 
@@ -46,6 +58,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGUSR1, pass_on)  # torchrun's machinery passes SIGTERM on, and waits for its effect
     beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))

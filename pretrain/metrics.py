@@ -47,6 +47,11 @@ class Metrics:
         self._show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
         self._write({"kind": "eval", **record})
 
+    def stop(self, step: int, reason: str) -> None:
+        """The run stops after `step` because it was asked to."""
+        self._show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
+        self._write({"kind": "stop", "step": step, "reason": reason})
+
     def close(self) -> None:
         """Finish the files."""
         self.file.close()

@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration and put where its last checkpoint left them."""
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
-from .run_folder import RunFolder, cut_metrics, open_run_folder, write_record
+from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
 
 
 @dataclass
@@ -52,6 +53,12 @@ class Run:
         """Write a checkpoint of this step. Collective."""
         folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
         do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
+
+    def tell_stop(self, reason: str) -> None:
+        """Note that the run stops after this step because it was asked to: a line, a record, and the file STOPPED."""
+        if self.metrics is not None and self.folder is not None:
+            self.metrics.stop(self.progress.step, reason)
+            replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
 
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""
@@ -151,6 +158,7 @@ def open_record(
         UserError: wandb cannot be reached.
     """
     write_record(folder, config, facts)
+    folder.stopped.unlink(missing_ok=True)
     shutil.copyfile(tokenizer, folder.path / "tokenizer.model")
     cut_metrics(folder.metrics, progress.step)
     metrics = Metrics(config, folder.metrics)

@@ -45,6 +45,11 @@ class RunFolder:
         """The metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def stopped(self) -> Path:
+        """What a run leaves that was asked to stop: its last step and who asked, as JSON; gone when it goes on."""
+        return self.path / "STOPPED"
+
     def close(self) -> None:
         """Let the next process in."""
         self.lock.close()

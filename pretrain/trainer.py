@@ -13,6 +13,7 @@ from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
 from ..parallel.watch import Watch
 from .config import Config
+from .control import Control, Wish
 from .evaluate import evaluate
 from .resume import Progress
 from .run import Run, build_run, choose_kernels
@@ -42,51 +43,67 @@ def train(config: Config, world: World, until: int | None = None, watch: Watch |
 
 def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
     """The loop of `train`. Collective."""
-    config = run.config
-    progress, steps, clip_norm = run.progress, config.train.steps, config.train.clip_norm
+    config, progress, steps = run.config, run.progress, run.config.train.steps
     stop = steps if until is None else min(until, steps)
     skipped_in_a_row = torch.zeros((), device=run.world.device)
     skipped = torch.zeros((), device=run.world.device)
     pace = Pace()
     try:
-        while progress.step < stop:
-            started = time.perf_counter()
-            loss_sum, targets = run.engine.forward_backward(next(run.loader))
-            norm = run.engine.clip_gradients(clip_norm)
-            skip = (~norm.isfinite()).float()
-            for optimizer in run.optimizers:
-                optimizer.step(config.schedule.scale(progress.step + 1, steps), skip)
-            run.engine.routing.finish_step(run.engine.models, skip)
-            if run.average is not None:
-                run.average.update(skip)
-            run.engine.zero_grad()
-            skipped += skip
-            skipped_in_a_row = (skipped_in_a_row + skip) * skip
-
-            progress.step += 1
-            if watch:
-                watch.step(progress.step)
-            progress.next_row += config.train.batch_rows
-            progress.tokens += targets
-            log = due(progress.step, config.log.every_steps, steps)
-            save = due(progress.step, config.checkpoint.every_steps, stop)
-            if log or save:
-                progress.skipped += int(skipped)  # waits for the device
-                skipped.zero_()
-            pace.updates += 1
-            pace.tokens += targets
-            pace.seconds += time.perf_counter() - started
-            if log:
-                report_step(run, loss_sum, targets, norm, pace)
-                pace = Pace()
-                check_finite(config, progress, int(skipped_in_a_row))
-            if run.heldout is not None and due(progress.step, config.eval.every_steps, steps):
-                report_heldout(run, run.heldout)
-            if save:
-                run.save()
+        with Control(run.folder.path if run.folder else None) as control:
+            while progress.step < stop:
+                started = time.perf_counter()
+                loss_sum, targets, norm, skip = update(run)
+                skipped += skip
+                skipped_in_a_row = (skipped_in_a_row + skip) * skip
+                if watch:
+                    watch.step(progress.step)
+                wish = control.agreed()
+                if wish.stops:
+                    stop = progress.step
+                log = due(progress.step, config.log.every_steps, steps)
+                save = due(progress.step, config.checkpoint.every_steps, stop) or Wish.SAVE in wish
+                if log or save:
+                    progress.skipped += int(skipped)  # waits for the device
+                    skipped.zero_()
+                pace.updates += 1
+                pace.tokens += targets
+                pace.seconds += time.perf_counter() - started
+                if log:
+                    report_step(run, loss_sum, targets, norm, pace)
+                    pace = Pace()
+                    check_finite(config, progress, int(skipped_in_a_row))
+                if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
+                    report_heldout(run, run.heldout)
+                if save:
+                    run.save()
+                if wish.stops:
+                    run.tell_stop(wish.reason)
     finally:
         run.close()
     return progress
+
+
+def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
+    """One update, or none where a gradient is not finite. Collective.
+
+    Returns:
+        this rank's share of the summed loss, the targets of all ranks, the gradients' norm before clipping, and 1 where
+        the update was skipped; all but the second on the device.
+    """
+    config, progress = run.config, run.progress
+    loss_sum, targets = run.engine.forward_backward(next(run.loader))
+    norm = run.engine.clip_gradients(config.train.clip_norm)
+    skip = (~norm.isfinite()).float()
+    for optimizer in run.optimizers:
+        optimizer.step(config.schedule.scale(progress.step + 1, config.train.steps), skip)
+    run.engine.routing.finish_step(run.engine.models, skip)
+    if run.average is not None:
+        run.average.update(skip)
+    run.engine.zero_grad()
+    progress.step += 1
+    progress.next_row += config.train.batch_rows
+    progress.tokens += targets
+    return loss_sum, targets, norm, skip
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -65,6 +65,28 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path) -> None:
+    """SIGUSR1, as slurm sends ahead of a time limit, and SIGTERM; the next start goes on."""
+    data = prepare_tiny(tmp_path)
+    config = tmp_path / "tiny.toml"
+    text = CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"')
+    config.write_text(text.replace("steps = 6", "steps = 99999").replace("every_steps = 2", "every_steps = 0"))
+    before = 0
+    for number, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        launcher = start(config, "asked")
+        while steps_on_record(tmp_path / "asked") < before + 3:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        assert launcher.wait(60) == status
+        marker = json.loads((tmp_path / "asked" / "STOPPED").read_text())
+        assert marker["reason"] == number.name
+        assert latest_checkpoint(tmp_path / "asked" / "checkpoints").name == f"step-{marker['step']:08}"
+        assert marker["step"] >= before + 3
+        before = marker["step"]
+    assert [step for step, _, _ in losses(tmp_path / "asked")] == list(range(1, before + 1))
+
+
 def steps_on_record(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_text().count('"kind": "train"') if path.exists() else 0

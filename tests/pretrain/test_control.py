@@ -1,0 +1,92 @@
+"""What is asked of a run while it goes: stop, save, evaluate, by files and signals, agreed on by all ranks."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from headrace.parallel.mesh import World
+from headrace.pretrain.checkpoint import latest_checkpoint
+from headrace.pretrain.config import Config
+from headrace.pretrain.control import Control
+from headrace.pretrain.run import checkpoints
+from headrace.pretrain.trainer import train
+from tiny import prepare_tiny, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+def run(config: Config, kicked: int | None = None, number: int = signal.SIGUSR1) -> int:
+    """The step a run ends at; rank `kicked` gets a signal as soon as it listens."""
+    enter = Control.__enter__
+
+    def enter_and_kick(self: Control) -> Control:
+        enter(self)
+        if dist.get_rank() == kicked:
+            os.kill(os.getpid(), number)
+        return self
+
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    with mock.patch.object(Control, "__enter__", enter_and_kick):
+        step = train(config, world).step
+    assert signal.getsignal(number) is signal.SIG_DFL
+    return step
+
+
+def records(config: Config, kind: str) -> list[dict]:
+    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in records(config, "train")]
+
+
+def ask(config: Config, *names: str) -> None:
+    config.run.folder.mkdir(exist_ok=True)
+    for name in names:
+        (config.run.folder / name).touch()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_file_stop(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -> None:
+    names = ("train.batch_rows=6", "checkpoint.every_steps=5")
+    whole, config = (tiny_config(tmp_path, data, *names, f"run.name={name}") for name in ("whole", "asked"))
+    assert gloo(ranks, run, whole) == [6] * ranks
+    ask(config, "STOP")
+    steps = gloo(ranks, run, config)
+    assert steps == [1 if ranks == 1 else 2] * ranks  # alone nothing need be agreed on
+    assert json.loads((config.run.folder / "STOPPED").read_text()) == {"step": steps[0], "reason": "the file STOP"}
+    assert records(config, "stop") == [{"kind": "stop", "step": steps[0], "reason": "the file STOP"}]
+    assert latest_checkpoint(checkpoints(config)).name == f"step-{steps[0]:08}"
+    assert gloo(ranks, run, config) == [6] * ranks
+    assert not (config.run.folder / "STOPPED").exists()
+    assert not (config.run.folder / "STOP").exists()
+    assert losses(config) == losses(whole)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_to_any_rank(gloo: Callable, tmp_path: Path, data: Path, number: int, reason: str) -> None:
+    config = tiny_config(tmp_path, data)
+    assert gloo(2, run, config, 1, number) == [2, 2]
+    assert json.loads((config.run.folder / "STOPPED").read_text())["reason"] == reason
+    assert latest_checkpoint(checkpoints(config)).name == "step-00000002"
+
+
+def test_save_and_evaluate_now(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    names = ("checkpoint.every_steps=0", "eval.every_steps=6", "eval.window=32", "eval.max_tokens=100")
+    config = tiny_config(tmp_path, data, *names)
+    ask(config, "CHECKPOINT_NOW", "EVAL_NOW")
+    assert gloo(2, run, config) == [6, 6]
+    assert [record["step"] for record in records(config, "eval")] == [2, 6]
+    assert [path.name for path in sorted(checkpoints(config).glob("step-*"))] == ["step-00000002", "step-00000006"]
+    assert not (config.run.folder / "CHECKPOINT_NOW").exists()
