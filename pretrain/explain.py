@@ -43,7 +43,7 @@ class Held:
         parameter_bytes: of the rank's part.
         gradient_bytes: of the largest gradient that a rank keeps between passes: until the last micro-batch FSDP adds
             gradients up before it shares them out.
-        optimizer_bytes: of what the optimizer keeps for the rank's part.
+        optimizer_bytes: of what the optimizer keeps for the rank's part, and of its averaged weights where there are any.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Explanation:
         experts: numbers of the experts of each layer that this rank computes; empty where the model has none.
         expert_shard: ranks that hold these same experts and shard them among themselves.
         held: its parameters.
-        optimizer_bytes: of the optimizer's state for the whole model, each parameter counted once.
+        optimizer_bytes: of the same for the whole model, each parameter counted once.
         sent: each collective and message with how often it occurs.
     """
 
@@ -236,6 +236,7 @@ def _experts(model: ModelConfig, mesh: Mesh) -> range:
 
 def _held(engine: Engine, optimizers: list[Optimizer], several_passes: bool) -> Iterator[Held]:
     """Every parameter of a rank's models."""
+    averaged = 4 if engine.config.train.average_decay else 0
     kept: Counter[str] = Counter()
     for optimizer in optimizers:
         for slot, tensor in optimizer.state().items():
@@ -252,7 +253,7 @@ def _held(engine: Engine, optimizers: list[Optimizer], several_passes: bool) -> 
                 tuple(local.shape),
                 local.nbytes,
                 gradient * (_sharded_over(parameter) if several_passes else 1),
-                kept[name],
+                kept[name] + averaged * local.numel(),
             )
 
 
@@ -260,7 +261,8 @@ def _whole_state(config: Config, fake: FakeWorld) -> int:
     """Bytes of the optimizer's state in one process that holds the whole model."""
     with fake.tensors():
         model = build_stage(config, None, str(fake.world.device))
-        return state_size(build_optimizers([model], config.optimizer)).whole
+        averaged = 4 * config.model.num_params() if config.train.average_decay else 0
+        return state_size(build_optimizers([model], config.optimizer)).whole + averaged
 
 
 def _sharded_over(parameter: Tensor) -> int:

@@ -129,6 +129,8 @@ class OptimizerConfig:
             found.append(f"optimizer.eps={self.eps} must be positive and finite")
         if not 0.0 <= self.weight_decay < math.inf:
             found.append(f"optimizer.weight_decay={self.weight_decay} must be finite and not negative")
+        if self.embedding_bits == 8 and self.state_bits == 32:
+            found.append("optimizer.embedding_bits=8 goes with optimizer.state_bits=8")
         if not 16 <= self.block_size <= 4096:
             found.append(f"optimizer.block_size={self.block_size} must be between 16 and 4096")
         if self.min_8bit_size < 0:
