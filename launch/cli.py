@@ -70,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--rank", type=int, default=0, help="the process to show (default: 0)")
     _add_overrides(explain)
 
+    status = _command(subparsers, "status", commands.status, "show where runs stand, without disturbing them")
+    status.add_argument("run_folders", metavar="run", nargs="*", help="run folders (default: all in runs/)")
+    status.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    listing = _command(subparsers, "ls", commands.list_checkpoints, "list the checkpoints of a run")
+    listing.add_argument("run_folder", metavar="run", help="a run folder")
+
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
     _add_run(evaluate)
 

@@ -84,6 +84,22 @@ def explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def status(options: argparse.Namespace) -> int:
+    """`headrace status`: where runs stand."""
+    from .status import find_runs, format_status, read_status
+
+    print(format_status([read_status(folder) for folder in find_runs(options.run_folders)], options.json))
+    return 0
+
+
+def list_checkpoints(options: argparse.Namespace) -> int:
+    """`headrace ls`: the checkpoints of a run."""
+    from .status import list_checkpoints
+
+    print(list_checkpoints(Path(options.run_folder)))
+    return 0
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """`headrace eval`: bits per byte of the whole held-out split, kept in `results.json`."""
     from ..parallel.mesh import start_world, stop_world

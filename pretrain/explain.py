@@ -43,7 +43,7 @@ class Held:
         parameter_bytes: of the rank's part.
         gradient_bytes: of the largest gradient that a rank keeps between passes: until the last micro-batch FSDP adds
             gradients up before it shares them out.
-        optimizer_bytes: of what the optimizer keeps for the rank's part, and of its averaged weights where there are any.
+        optimizer_bytes: of what the optimizer keeps for the rank's part, and of averaged weights where there are any.
     """
 
     name: str

@@ -1,0 +1,195 @@
+"""What a run folder tells at a glance, read without loading torch: `headrace status` and `headrace ls`."""
+
+import fcntl
+import json
+import os
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# The newest records are at the end of a file that may be long.
+TAIL_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as its folder shows it; None where nothing is on record yet.
+
+    Attributes:
+        state: `running`, `stopped`, `finished` or `not running`.
+        detail: which process runs it, or who stopped it.
+        step, steps: done, and of the whole run.
+        loss: of the last record, nats per token.
+        bits_per_byte: of the last held-out evaluation.
+        idle_s: seconds since the last record.
+        checkpoint: name of the newest.
+    """
+
+    name: str
+    state: str
+    detail: str
+    step: int
+    steps: int | None
+    tokens: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    bits_per_byte: float | None
+    idle_s: float | None
+    checkpoint: str | None
+
+
+def read_status(folder: Path) -> RunStatus:
+    """The status of the run in `folder`.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.toml; give runs/NAME")
+    last = _last_records(folder / "metrics.jsonl")
+    train, evaluation = last.get("train", {}), last.get("eval", {})
+    step = max((record.get("step", 0) for record in last.values()), default=0)
+    steps = _total_steps(folder / "config.toml")
+    owner = _owner(folder / ".lock")
+    checkpoints = _checkpoints(folder)
+    state, detail = "not running", ""
+    if owner:
+        state, detail = "running", owner
+    elif steps is not None and step >= steps:
+        state = "finished"
+    elif (stopped := _read_json(folder / "STOPPED")) is not None:
+        state, detail = "stopped", f"by {stopped.get('reason', 'an unknown hand')}"
+    metrics = folder / "metrics.jsonl"
+    return RunStatus(
+        name=folder.name,
+        state=state,
+        detail=detail,
+        step=step,
+        steps=steps,
+        tokens=train.get("tokens"),
+        loss=train.get("loss"),
+        tokens_per_s=train.get("tokens_per_s"),
+        bits_per_byte=evaluation.get("bits_per_byte"),
+        idle_s=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
+        checkpoint=checkpoints[-1].name if checkpoints else None,
+    )
+
+
+def find_runs(folders: list[str]) -> list[Path]:
+    """The run folders that are named, or all in `runs/`.
+
+    Raises:
+        UserError: none is named, and there are none.
+    """
+    if folders:
+        return [Path(folder) for folder in folders]
+    found = sorted(path.parent for path in Path("runs").glob("*/config.toml"))
+    if not found:
+        raise UserError("there are no runs in runs/; name a run folder")
+    return found
+
+
+def format_status(found: list[RunStatus], as_json: bool) -> str:
+    """A table, one run a line; or one JSON object a line."""
+    if as_json:
+        return "\n".join(json.dumps(asdict(status)) for status in found)
+    rows = [("run", "state", "step", "loss", "bits/byte", "tokens/s", "last record", "checkpoint")]
+    for status in found:
+        state = f"{status.state} {status.detail}".strip()
+        step = f"{status.step:,}" + ("" if status.steps is None else f" of {status.steps:,}")
+        idle = "-" if status.idle_s is None else f"{_span(status.idle_s)} ago"
+        numbers = (
+            _number(status.loss, ".4f"),
+            _number(status.bits_per_byte, ".4f"),
+            _number(status.tokens_per_s, ",.0f"),
+        )
+        rows.append((status.name, state, step, *numbers, idle, status.checkpoint or "-"))
+    return _table(rows)
+
+
+def list_checkpoints(folder: Path) -> str:
+    """A table of the checkpoints of a run: step, bytes on disk, age.
+
+    Raises:
+        UserError: it is no run folder, or has no checkpoint.
+    """
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.toml; give runs/NAME")
+    found = _checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} holds no checkpoint; let the run reach its first save")
+    rows = [("checkpoint", "MB", "saved")]
+    for path in found:
+        size = sum(entry.stat().st_size for entry in os.scandir(path))
+        rows.append((path.name, f"{size / 1e6:,.1f}", f"{_span(time.time() - path.stat().st_mtime)} ago"))
+    return _table(rows)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("checkpoints/step-*") if (path / "manifest.json").exists())
+
+
+def _last_records(metrics: Path) -> dict[str, dict[str, Any]]:
+    """The last record of each kind; a half-written line is passed over."""
+    if not metrics.exists():
+        return {}
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        lines = file.read().splitlines()
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found[record["kind"]] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _total_steps(config: Path) -> int | None:
+    try:
+        return int(tomllib.loads(config.read_text())["train"]["steps"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _owner(lock: Path) -> str:
+    """Who holds the lock of a run folder; empty where nobody does."""
+    if not lock.exists():
+        return ""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"as {file.read().strip() or 'another process'}"
+    return ""
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _span(seconds: float) -> str:
+    """A length of time in its largest unit."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

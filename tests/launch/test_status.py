@@ -1,0 +1,108 @@
+"""`headrace status` and `headrace ls`: what a folder shows, in every state, without loading torch."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import UserError
+from headrace.launch.status import find_runs, format_status, list_checkpoints, read_status
+
+TRAIN = {"kind": "train", "step": 3, "tokens": 3000, "loss": 2.5, "tokens_per_s": 1234.5}
+EVAL = {"kind": "eval", "step": 2, "bits_per_byte": 1.25}
+
+
+def make_run(folder: Path, steps: int = 10, records: tuple[dict, ...] = (TRAIN, EVAL), tail: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(f"[train]\nsteps = {steps}\n")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    (folder / ".lock").write_text("process 7 on node1")
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_bytes(b"x" * 1_500_000)
+    (folder / "checkpoints" / ".tmp-step-00000003").mkdir()
+    return folder
+
+
+def test_a_run_that_nobody_runs(tmp_path: Path) -> None:
+    found = read_status(make_run(tmp_path / "a", tail='{"kind": "train", "st'))
+    assert (found.state, found.step, found.steps, found.loss) == ("not running", 3, 10, 2.5)
+    assert (found.bits_per_byte, found.checkpoint, found.tokens) == (1.25, "step-00000002", 3000)
+
+
+def test_a_run_that_runs_is_not_disturbed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    with (folder / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = read_status(folder)
+    assert (found.state, found.detail) == ("running", "as process 7 on node1")
+    assert (folder / ".lock").read_text() == "process 7 on node1"
+
+
+def test_finished_and_stopped(tmp_path: Path) -> None:
+    assert read_status(make_run(tmp_path / "a", steps=3)).state == "finished"
+    folder = make_run(tmp_path / "b")
+    (folder / "STOPPED").write_text('{"step": 3, "reason": "SIGTERM"}\n')
+    assert (read_status(folder).state, read_status(folder).detail) == ("stopped", "by SIGTERM")
+    (folder / "STOPPED").write_text("{cut")
+    assert read_status(folder).state == "not running"
+
+
+def test_a_run_without_a_first_record(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.toml").write_text("= broken")
+    found = read_status(folder)
+    assert (found.state, found.step, found.steps, found.loss, found.checkpoint) == ("not running", 0, None, None, None)
+    assert "-" in format_status([found], as_json=False)
+
+
+def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
+    many = tuple({**TRAIN, "step": step} for step in range(1, 20_000))
+    assert read_status(make_run(tmp_path / "a", steps=99_999, records=many)).step == 19_999
+
+
+def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "runs" / "b", steps=3)
+    monkeypatch.chdir(tmp_path)
+    found = [read_status(folder) for folder in find_runs([])]
+    assert [json.loads(line)["name"] for line in format_status(found, as_json=True).splitlines()] == ["a", "b"]
+    head, first, second = format_status(found, as_json=False).splitlines()
+    assert head.split()[:3] == ["run", "state", "step"]
+    assert "3 of 10" in first
+    assert "finished" in second
+    assert "step-00000002  1.5" in list_checkpoints(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize("command", [["status", "--help"], ["status", "nowhere"], ["ls", "nowhere"], ["status"]])
+def test_neither_torch_nor_a_traceback(tmp_path: Path, command: list[str]) -> None:
+    watch = "import sys, runpy; sys.argv[0] = 'headrace'\ntry: runpy.run_module('headrace', run_name='__main__')\n"
+    watch += "finally: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", watch, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
+    if "--help" not in command:
+        assert done.returncode == 2
+        assert done.stderr.startswith("headrace: error: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        list_checkpoints(tmp_path)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.toml").touch()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        list_checkpoints(folder)
