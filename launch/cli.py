@@ -77,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     listing = _command(subparsers, "ls", commands.list_checkpoints, "list the checkpoints of a run")
     listing.add_argument("run_folder", metavar="run", help="a run folder")
 
+    difference = _command(
+        subparsers, "diff", commands.compare, "show in what two runs differ; the status is 1 if they do"
+    )
+    difference.add_argument("first", help="a run folder")
+    difference.add_argument("second", help="another")
+
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
     _add_run(evaluate)
 

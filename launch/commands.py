@@ -100,6 +100,15 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """`headrace diff`: in what two runs differ; status 1 where they do, as of diff."""
+    from .compare import differences
+
+    found = differences(Path(options.first), Path(options.second))
+    print("\n".join(found) or "the same configuration, code, packages and data")
+    return int(bool(found))
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """`headrace eval`: bits per byte of the whole held-out split, kept in `results.json`."""
     from ..parallel.mesh import start_world, stop_world

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import UserError
+from headrace.launch.compare import differences
 from headrace.launch.status import find_runs, format_status, list_checkpoints, read_status
 
 TRAIN = {"kind": "train", "step": 3, "tokens": 3000, "loss": 2.5, "tokens_per_s": 1234.5}
@@ -79,7 +80,9 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step-00000002  1.5" in list_checkpoints(tmp_path / "runs" / "a")
 
 
-@pytest.mark.parametrize("command", [["status", "--help"], ["status", "nowhere"], ["ls", "nowhere"], ["status"]])
+@pytest.mark.parametrize(
+    "command", [["status", "--help"], ["status", "nowhere"], ["ls", "nowhere"], ["diff", "a", "b"], ["status"]]
+)
 def test_neither_torch_nor_a_traceback(tmp_path: Path, command: list[str]) -> None:
     watch = "import sys, runpy; sys.argv[0] = 'headrace'\ntry: runpy.run_module('headrace', run_name='__main__')\n"
     watch += "finally: print('torch' in sys.modules, 'numpy' in sys.modules)"
@@ -106,3 +109,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (folder / "config.toml").touch()
     with pytest.raises(UserError, match="holds no checkpoint"):
         list_checkpoints(folder)
+
+
+def test_what_differs_is_shown(tmp_path: Path) -> None:
+    for name, lr, commit in (("a", 0.1, "abc"), ("b", 0.2, "abc"), ("c", 0.1, "abd")):
+        folder = make_run(tmp_path / name)
+        (folder / "config.toml").write_text(f'[run]\nname = "{name}"\n[optimizer]\nlr = {lr}\n')
+        (folder / "manifest.json").write_text(json.dumps({"commit": commit, "resumed_at": len(name)}))
+    assert differences(tmp_path / "a", tmp_path / "a") == []
+    assert differences(tmp_path / "a", tmp_path / "b") == ["config.optimizer.lr: 0.1 -> 0.2"]
+    assert differences(tmp_path / "a", tmp_path / "c") == ['record.commit: "abc" -> "abd"']
+    (tmp_path / "b" / "manifest.json").write_text("{cut")
+    with pytest.raises(UserError, match="cannot be read"):
+        differences(tmp_path / "a", tmp_path / "b")
