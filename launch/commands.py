@@ -30,7 +30,9 @@ def train(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..errors import UserError
     from ..pretrain.config import load_config
+    from .slurm import adopt_slurm
 
+    adopt_slurm()
     path = Path(options.config)
     if options.until is not None and options.until < 1:
         raise UserError(f"--until={options.until} must be at least 1")
@@ -113,7 +115,9 @@ def evaluate(options: argparse.Namespace) -> int:
     """`headrace eval`: bits per byte of the whole held-out split, kept in `results.json`."""
     from ..parallel.mesh import start_world, stop_world
     from ..pretrain.results import evaluate_run, format_results
+    from .slurm import adopt_slurm
 
+    adopt_slurm()
     world = start_world()
     try:
         results = evaluate_run(Path(options.run_folder), world, options.average)

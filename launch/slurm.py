@@ -1,0 +1,68 @@
+"""What slurm tells the processes it starts, in the words of torchrun."""
+
+import os
+import re
+from collections.abc import MutableMapping
+
+from ..errors import UserError
+
+# Ports of jobs on one machine differ as their numbers do; the range is free on most systems.
+FIRST_PORT, PORTS = 20000, 10000
+
+
+def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make a process that `srun` started one of torchrun's, in place; others are left as they are.
+
+    The first host of the job is where processes meet, at a port that follows from the job's and step's numbers; set
+    MASTER_ADDR or MASTER_PORT to say otherwise.
+
+    Raises:
+        UserError: slurm's variables do not fit together.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+        return
+    needed = ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
+    if missing := [name for name in needed if name not in environment]:
+        raise UserError(
+            f"started by srun, but {', '.join(missing)} is not set; start with srun in a job, or by torchrun"
+        )
+    hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
+    number = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", "0"))
+    # Bound to its own GPU a process sees it as the first, whichever it is.
+    bound = environment.get("SLURM_GPUS_PER_TASK") == "1" or "single:1" in environment.get("SLURM_GPU_BIND", "")
+    environment.update(
+        {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "LOCAL_RANK": "0" if bound else environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
+            "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + number % PORTS)),
+        }
+    )
+
+
+def expand_hosts(text: str) -> list[str]:
+    """The names in a host list of slurm's, as `gpu[01-03,7],login2`, in order.
+
+    Raises:
+        UserError: it is none.
+    """
+    entries = re.findall(r"((?:[^,\[\]]|\[[^\[\]]*\])+)(?:,|$)", text)
+    if ",".join(entries) != text or not text:
+        raise UserError(f"{text!r} is no list of hosts as slurm writes them")
+    return [host for entry in entries for host in _expand(entry)]
+
+
+def _expand(entry: str) -> list[str]:
+    match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", entry)
+    if match is None:
+        return [entry]
+    head, body, rest = match.groups()
+    found = []
+    for part in body.split(","):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if numbers is None:
+            raise UserError(f"{entry!r} is no list of hosts as slurm writes them")
+        low, high = numbers[1], numbers[2] or numbers[1]
+        found += [f"{head}{n:0{len(low)}d}{tail}" for n in range(int(low), int(high) + 1) for tail in _expand(rest)]
+    return found
