@@ -63,6 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 
+    summary = "submit a run to slurm: it saves ahead of time limits, is queued again, and gives up on crash loops"
+    launch = _command(subparsers, "launch", commands.launch, summary)
+    launch.add_argument("config", help="a TOML file")
+    launch.add_argument("--nodes", type=int, default=1)
+    launch.add_argument("--gpus-per-node", type=int, default=0, help="and as many processes (default: none, on CPUs)")
+    launch.add_argument("--tasks-per-node", type=int, default=1, help="processes on each node without GPUs")
+    launch.add_argument("--time", default="", help="limit of one job, as 4:00:00 (default: the partition's)")
+    launch.add_argument("--signal-ahead", type=int, default=180, metavar="S", help="save so long before the limit")
+    launch.add_argument("--crash-limit", type=int, default=3, help="starts in a row without a new step")
+    launch.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="as partition=gpu")
+    launch.add_argument("--dry-run", action="store_true", help="print the script instead")
+    _add_overrides(launch)
+
     summary = "print what each process of a run will hold and send, without starting one"
     explain = _command(subparsers, "explain", commands.explain, summary)
     explain.add_argument("config", help="a TOML file")

@@ -69,6 +69,35 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def launch(options: argparse.Namespace) -> int:
+    """`headrace launch`: a run as a slurm job."""
+    from ..errors import UserError
+    from ..pretrain.config import load_config
+    from .batch import BatchConfig, batch_script, submit, write_script
+
+    further = tuple((name, value) for name, _, value in (entry.partition("=") for entry in options.sbatch))
+    batch = BatchConfig(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        tasks_per_node=options.tasks_per_node,
+        time=options.time,
+        signal_ahead_s=options.signal_ahead,
+        crash_limit=options.crash_limit,
+        options=further,
+    )
+    if problems := batch.problems():
+        raise UserError("; ".join(problems))
+    config = load_config(Path(options.config), options.overrides, batch.processes)
+    command = [sys.executable, "-m", "headrace", "train", options.config, *options.overrides]
+    text = batch_script(batch, config.run.folder, config.run.name, command, Path.cwd())
+    if options.dry_run:
+        print(text, end="")
+        return 0
+    path = write_script(text, config.run.folder)
+    print(f"job {submit(path)}: {path}; headrace status {config.run.folder} shows how far it is")
+    return 0
+
+
 def explain(options: argparse.Namespace) -> int:
     """`headrace explain`: what one rank of a run holds and sends, without starting one."""
     from ..errors import UserError

@@ -1,0 +1,160 @@
+"""A run on a cluster: the batch script for slurm, and its submission."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError
+
+ALLOWED = re.compile(r"[A-Za-z0-9._/@:+=,%-]+")
+LOGS = "logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """What a job asks of slurm.
+
+    Attributes:
+        nodes, gpus_per_node: machines, and on each as many processes with a GPU each; 0 GPUs: `tasks_per_node`
+            processes on CPUs.
+        tasks_per_node: processes on each node, where there are no GPUs.
+        time: limit of one job, as slurm writes it; empty: the partition's.
+        signal_ahead_s: so long before the limit the run is asked to save and stop, and is queued again.
+        crash_limit: starts in a row that end without a new step before the job gives up.
+        options: further `#SBATCH` options as (name, value), such as `("partition", "gpu")`.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int = 1
+    time: str = ""
+    signal_ahead_s: int = 180
+    crash_limit: int = 3
+    options: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.nodes * (self.gpus_per_node or self.tasks_per_node)
+
+    def problems(self) -> list[str]:
+        """Every value out of range, and every one that slurm or a shell might read as something else."""
+        found = [
+            f"--{name.replace('_', '-')}={getattr(self, name)} must be at least {least}"
+            for name, least in (
+                ("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("signal_ahead_s", 1), ("crash_limit", 1)
+            )
+            if getattr(self, name) < least
+        ]  # fmt: skip
+        for name, value in (("time", self.time), *self.options):
+            if not re.fullmatch(r"[a-z][a-z-]*", name) or (value and not ALLOWED.fullmatch(value)):
+                found.append(f"--sbatch {name}={value!r} may hold letters, digits and ._/@:+=,%- alone")
+        return found
+
+
+def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], folder: Path) -> str:
+    """The text of a batch script that starts `command` as one task a process, again and again until the run is done.
+
+    Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
+    itself is followed by another, in the same job, unless `crash_limit` of them in a row finished no step. After
+    SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm.
+
+    Args:
+        run: the run folder.
+        name: of the run.
+        command: `headrace train ...`.
+        folder: where the command is to run.
+
+    Raises:
+        UserError: slurm could not take the name of the run folder.
+    """
+    if not ALLOWED.fullmatch(str(run)):
+        raise UserError(f"run folder {run}: slurm takes letters, digits and ._/@:+=,%- alone; choose another run.root")
+    options = [
+        ("job-name", name),
+        ("nodes", str(config.nodes)),
+        ("ntasks-per-node", str(config.gpus_per_node or config.tasks_per_node)),
+        *([("gpus-per-node", str(config.gpus_per_node))] if config.gpus_per_node else []),
+        *([("time", config.time), ("signal", f"B:USR1@{config.signal_ahead_s}")] if config.time else []),
+        ("output", f"{run / LOGS}/job-%j.log"),
+        ("open-mode", "append"),
+        *config.options,
+    ]
+    words = {
+        "folder": folder, "run": run, "command": command, "python": [sys.executable, "-m", "headrace"],
+        "logs": f"{run / LOGS}/job-%j-rank-%t.log",
+    }  # fmt: skip
+    quoted = {
+        key: shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))
+        for key, value in words.items()
+    }
+    head = "\n".join(f"#SBATCH --{key}={value}" for key, value in options)
+    return f"#!/bin/bash\n{head}\n#SBATCH --requeue\n" + SCRIPT.format(**quoted, crash_limit=config.crash_limit)
+
+
+SCRIPT = """
+set -u
+cd {folder} || exit 1
+run={run}
+status() {{ {python} status "$run" --json 2>/dev/null; }}
+step() {{ local n; n=$(status | sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
+finished() {{ status | grep -q '"state": "finished"'; }}
+
+asked='' ended=''
+trap 'asked=1; touch "$run/STOP"' USR1
+trap 'ended=1' TERM
+
+crashes=0
+while ! finished; do
+  before=$(step)
+  rm -f "$run/STOPPED"
+  srun --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
+  while wait $!; result=$?; kill -0 $! 2>/dev/null; do :; done  # a trap ends a wait
+  if [ -n "$ended" ]; then exit 143; fi
+  if finished; then break; fi
+  if [ -n "$asked" ]; then
+    echo "asked to stop ahead of the time limit after step $(step): queued again"
+    exec scontrol requeue "$SLURM_JOB_ID"
+  fi
+  if [ -e "$run/STOPPED" ]; then echo "stopped after step $(step)"; exit 0; fi
+  if [ "$(step)" = "$before" ]; then crashes=$((crashes + 1)); else crashes=0; fi
+  echo "a start ended with status $result after step $(step)"
+  if [ $crashes -ge {crash_limit} ]; then
+    echo "$crashes starts in a row ended without a new step: given up; the ranks' logs are beside this one"
+    exit 1
+  fi
+done
+rm -f "$run/STOP"
+echo "finished after step $(step)"
+"""
+
+
+def write_script(text: str, run: Path) -> Path:
+    """The script in its run folder, readable by its owner alone."""
+    (run / LOGS).mkdir(parents=True, exist_ok=True)
+    path = run / "job.sbatch"
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(text)
+    return path
+
+
+def submit(path: Path) -> str:
+    """The number of the job that slurm made of a script.
+
+    Raises:
+        UserError: there is no slurm here, or it refused the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(f"sbatch is not on this machine; submit {path} where slurm is")
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
+        raise UserError(f"slurm refused {path}: {reason}")
+    return done.stdout.strip().partition(";")[0]

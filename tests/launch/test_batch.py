@@ -1,0 +1,182 @@
+"""The batch script, run by bash with a stand-in for srun: done, asked to stop, crashing, ended by slurm."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import UserError
+from headrace.launch.batch import BatchConfig, batch_script, submit, write_script
+from headrace.launch.cli import main
+from tiny import CONFIG
+
+# Trains: adds so many steps as the file `steps` says, then does what the file `then` says.
+SRUN = """#!{python}
+import json, os, pathlib, sys, time
+run = pathlib.Path("runs/job")
+run.mkdir(parents=True, exist_ok=True)
+(run / "config.toml").write_text("[train]\\nsteps = 10\\n")
+metrics = run / "metrics.jsonl"
+done = metrics.read_text().count("step") if metrics.exists() else 0
+steps = int(pathlib.Path("steps").read_text())
+with metrics.open("a") as file:
+    for step in range(done + 1, min(done + steps, 10) + 1):
+        file.write(json.dumps({{"kind": "train", "step": step, "tokens": step}}) + "\\n")
+with open("starts", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+then = pathlib.Path("then").read_text()
+if then == "wait":
+    while not (run / "STOP").exists():
+        time.sleep(0.02)
+    (run / "STOP").unlink()
+    (run / "STOPPED").write_text(json.dumps({{"step": done + steps, "reason": "the file STOP"}}))
+    then = "0"
+sys.exit(int(then))
+"""
+SCONTROL = '#!/bin/bash\necho "$@" > requeued\n'
+
+
+def start(folder: Path, steps: int, then: str, crash_limit: int = 3) -> subprocess.Popen[str]:
+    """The script in `folder`; `then` is a status of srun, or `wait`."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (folder / "steps").write_text(str(steps))
+    (folder / "then").write_text(then)
+    config = BatchConfig(nodes=2, time="1:00:00", crash_limit=crash_limit)
+    command = ["headrace", "train", "my config.toml", "run.name=job"]
+    path = folder / "job.sbatch"
+    path.write_text(batch_script(config, Path("runs/job"), "job", command, folder))
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    return subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_run_that_finishes(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=10, then="0")
+    assert job.communicate(timeout=60)[0] == "finished after step 10\n"
+    assert job.returncode == 0
+    (command,) = (tmp_path / "starts").read_text().splitlines()
+    assert command.endswith("headrace train my config.toml run.name=job")
+    again = start(tmp_path, steps=10, then="0")
+    assert again.communicate(timeout=60)[0] == "finished after step 10\n"
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1  # nothing was started
+
+
+def test_ahead_of_the_limit_it_saves_and_is_queued_again(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=4, then="wait")
+    wait_for(tmp_path / "starts")
+    job.send_signal(signal.SIGUSR1)
+    assert "asked to stop ahead of the time limit after step 4: queued again" in job.communicate(timeout=60)[0]
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+def test_a_stop_of_the_users_is_no_crash(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=4, then="wait")
+    wait_for(tmp_path / "starts")
+    (tmp_path / "runs" / "job" / "STOP").touch()
+    assert job.communicate(timeout=60)[0] == "stopped after step 4\n"
+    assert job.returncode == 0
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_crashes_that_make_headway_go_on(tmp_path: Path) -> None:
+    """Three steps a start: four starts, none of which is the third in a row without a new step."""
+    job = start(tmp_path, steps=3, then="9", crash_limit=1)
+    told = job.communicate(timeout=60)[0].splitlines()
+    assert told == [f"a start ended with status 9 after step {step}" for step in (3, 6, 9)] + ["finished after step 10"]
+
+
+def test_a_crash_loop_ends(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=0, then="9")
+    told = job.communicate(timeout=60)[0]
+    assert "3 starts in a row ended without a new step: given up" in told
+    assert job.returncode == 1
+    assert len((tmp_path / "starts").read_text().splitlines()) == 3
+
+
+def test_what_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=4, then="wait")
+    wait_for(tmp_path / "starts")
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    (tmp_path / "runs" / "job" / "STOP").touch()  # the tasks had the signal too, and saved
+    job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((("partition", "a\n#SBATCH --wrap=x"),), "--sbatch partition='a"),
+        ((("comment", "$(touch x)"),), "--sbatch comment="),
+        ((("account", 'a"b'),), "--sbatch account="),
+        ((("Bad name", "x"),), "--sbatch Bad name="),
+    ],
+)
+def test_values_that_a_shell_might_read_are_refused(options: tuple, message: str) -> None:
+    (problem,) = BatchConfig(options=options).problems()
+    assert problem.startswith(message)
+    assert "\n" not in problem
+
+
+def test_numbers_out_of_range_are_all_named() -> None:
+    problems = BatchConfig(nodes=0, gpus_per_node=-1, crash_limit=0, time="1 hour").problems()
+    assert [problem.partition("=")[0] for problem in problems] == [
+        "--nodes",
+        "--gpus-per-node",
+        "--crash-limit",
+        "--sbatch time",
+    ]
+
+
+def test_a_folder_slurm_cannot_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"choose another run.root"):
+        batch_script(BatchConfig(), Path("my runs/job"), "job", ["x"], tmp_path)
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    options = ["launch", "tiny.toml", "--nodes", "2", "--gpus-per-node", "2", "--sbatch", "partition=gpu"]
+    assert main([*options, "--dry-run", "run.name=a", "optimizer.groups=[{names='*', lr_scale=0.5}]"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --ntasks-per-node=2\n#SBATCH --gpus-per-node=2\n" in text
+    assert """'optimizer.groups=[{names='"'"'*'"'"', lr_scale=0.5}]'""" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert not (tmp_path / "runs").exists()
+
+    assert main(["launch", "tiny.toml", "--nodes", "3", "parallel.tp=2"]) == 2  # before anything is written
+    assert not (tmp_path / "runs").exists()
+
+    monkeypatch.setenv("PATH", "/usr/bin-that-is-not")
+    assert main(options) == 2
+    assert "sbatch is not on this machine; submit runs/tiny/job.sbatch" in capsys.readouterr().err
+    assert stat.S_IMODE((tmp_path / "runs" / "tiny" / "job.sbatch").stat().st_mode) == 0o600
+
+
+def test_what_slurm_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "sbatch"
+    tool.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = write_script("#!/bin/bash\n", tmp_path)
+    with pytest.raises(UserError, match="invalid partition specified: x"):
+        submit(path)
+    tool.write_text("#!/bin/bash\necho '41;cluster'\n")
+    assert submit(path) == "41"
