@@ -51,7 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="headrace", description="Pretrain state-space and hybrid language models.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_training, _add_launch, _add_reading, _add_using):
+        add(subparsers)
+    return parser
 
+
+def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
     prepare = _command(subparsers, "prepare", commands.prepare, "turn a corpus into a tokenizer and token shards")
     prepare.add_argument("--corpus", help="a folder of text, or 'stdlib': Python's own library (default)")
     prepare.add_argument("--out", help="where the prepared data goes")
@@ -63,6 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 
+    summary = "print what each process of a run will hold and send, without starting one"
+    explain = _command(subparsers, "explain", commands.explain, summary)
+    explain.add_argument("config", help="a TOML file")
+    explain.add_argument("--world", type=int, metavar="N", help="processes (default: as few as the degrees ask for)")
+    explain.add_argument("--rank", type=int, default=0, help="the process to show (default: 0)")
+    _add_overrides(explain)
+
+
+def _add_launch(subparsers) -> None:  # type: ignore[no-untyped-def]
     summary = "submit a run to slurm: it saves ahead of time limits, is queued again, and gives up on crash loops"
     launch = _command(subparsers, "launch", commands.launch, summary)
     launch.add_argument("config", help="a TOML file")
@@ -76,13 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_argument("--dry-run", action="store_true", help="print the script instead")
     _add_overrides(launch)
 
-    summary = "print what each process of a run will hold and send, without starting one"
-    explain = _command(subparsers, "explain", commands.explain, summary)
-    explain.add_argument("config", help="a TOML file")
-    explain.add_argument("--world", type=int, metavar="N", help="processes (default: as few as the degrees ask for)")
-    explain.add_argument("--rank", type=int, default=0, help="the process to show (default: 0)")
-    _add_overrides(explain)
 
+def _add_reading(subparsers) -> None:  # type: ignore[no-untyped-def]
     status = _command(subparsers, "status", commands.status, "show where runs stand, without disturbing them")
     status.add_argument("run_folders", metavar="run", nargs="*", help="run folders (default: all in runs/)")
     status.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -96,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     difference.add_argument("first", help="a run folder")
     difference.add_argument("second", help="another")
 
+
+def _add_using(subparsers) -> None:  # type: ignore[no-untyped-def]
     evaluate = _command(subparsers, "eval", commands.evaluate, "held-out bits per byte of a run, beside gzip and xz")
     _add_run(evaluate)
 
@@ -114,7 +125,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = _command(subparsers, "report", commands.report, "draw a run: report.html and PNG files")
     report.add_argument("run_folder", metavar="run", help="a run folder")
-    return parser
 
 
 def _command(subparsers, name: str, function, summary: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
