@@ -56,7 +56,7 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
     assert launcher.returncode == status
     assert [said.startswith(line) for said in error.splitlines()].count(True) == 1
     assert "Traceback" not in error
-    assert "torch" not in error
+    assert "torch." not in error  # its machinery would write pages
     assert ("; last finished step " in error or "; no step was" in error) == (whom == "rank")
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
