@@ -223,6 +223,8 @@ def _call(address: tuple[str, str, str], payload: bytes) -> Any:
     finally:
         dist.destroy_process_group()
         _forget_meshes()
+        # Groups hang in cycles, each with threads that poll: a thousand of them take more time than the tests.
+        gc.collect()
 
 
 def _forget_meshes() -> None:
@@ -240,7 +242,8 @@ def _load_module(name: str, file: str) -> ModuleType:
     try:
         return _import(name, file)
     finally:
-        gc.freeze()  # what modules hold stays: no collection need look at it again
+        gc.collect()
+        gc.freeze()  # what modules hold stays: no later collection need look at it again
 
 
 def _import(name: str, file: str) -> ModuleType:

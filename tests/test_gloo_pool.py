@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -75,3 +76,15 @@ def test_close_leaves_no_process():
     pids = pool.run(2, _pid)
     pool.close()
     assert not any(_alive(pid) for pid in pids)
+
+
+def make_groups_in_a_cycle() -> int:
+    """Groups that only a collection of cycles frees, as those of sharded models; the threads of this process."""
+    holder: list = [dist.new_group() for _ in range(4)]
+    holder.append(holder)
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_groups_of_earlier_calls_take_their_threads_with_them(gloo: Callable) -> None:
+    counts = [max(gloo(2, make_groups_in_a_cycle)) for _ in range(6)]
+    assert counts[-1] <= counts[1]
