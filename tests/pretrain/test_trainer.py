@@ -329,7 +329,7 @@ def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, 
 def test_a_full_disk_is_a_users_mistake(tmp_path: Path, data: Path) -> None:
     metrics = Metrics(tiny_config(tmp_path, data), Path("/dev/full"))
     with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
-        metrics.start(0, 0, "torch")
+        metrics.start(0, 0, "torch", {"name": "AdamW", "state_bytes_per_parameter": 8.0})
     metrics.close()
 
 
