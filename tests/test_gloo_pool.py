@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gloo_pool import GlooPool, WorkerError
+from gloo_pool import MAX_THREADS, GlooPool, WorkerError
 
 
 @dataclass
@@ -86,5 +86,5 @@ def make_groups_in_a_cycle() -> int:
 
 
 def test_groups_of_earlier_calls_take_their_threads_with_them(gloo: Callable) -> None:
-    counts = [max(gloo(2, make_groups_in_a_cycle)) for _ in range(6)]
-    assert counts[-1] <= counts[1]
+    counts = [max(gloo(2, make_groups_in_a_cycle)) for _ in range(16)]
+    assert max(counts) <= MAX_THREADS + counts[0] + 32
