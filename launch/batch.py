@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
@@ -35,7 +35,7 @@ class BatchConfig:
     time: str = ""
     signal_ahead_s: int = 180
     crash_limit: int = 3
-    options: tuple[tuple[str, str], ...] = field(default=())
+    options: tuple[tuple[str, str], ...] = ()
 
     @property
     def processes(self) -> int:
@@ -51,9 +51,10 @@ class BatchConfig:
             )
             if getattr(self, name) < least
         ]  # fmt: skip
-        for name, value in (("time", self.time), *self.options):
+        given = [("--time", "time", self.time), *((f"--sbatch {name}", name, value) for name, value in self.options)]
+        for flag, name, value in given:
             if not re.fullmatch(r"[a-z][a-z-]*", name) or (value and not ALLOWED.fullmatch(value)):
-                found.append(f"--sbatch {name}={value!r} may hold letters, digits and ._/@:+=,%- alone")
+                found.append(f"{flag}={value!r} may hold letters, digits and ._/@:+=,%- alone")
         return found
 
 

@@ -58,7 +58,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGUSR1, pass_on)  # torchrun's machinery passes SIGTERM on, and waits for its effect
+    before = signal.signal(signal.SIGUSR1, pass_on)  # torchrun's machinery passes SIGTERM on, and waits for its effect
     beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
@@ -89,5 +89,6 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
             print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)
         return status if status > 0 else 1
     finally:
+        signal.signal(signal.SIGUSR1, before)
         del os.environ[LAUNCHER], os.environ[WATCH_STORE]
     return 0

@@ -131,7 +131,10 @@ def list_checkpoints(folder: Path) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("checkpoints/step-*") if (path / "manifest.json").exists())
+    found = (path for path in folder.glob("checkpoints/step-*") if (path / "manifest.json").exists())
+    return sorted(
+        found, key=lambda path: (len(path.name), path.name)
+    )  # numbers of nine digits come after those of eight
 
 
 def _last_records(metrics: Path) -> dict[str, dict[str, Any]]:

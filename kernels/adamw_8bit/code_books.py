@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 DECADES = 7
 
@@ -57,7 +58,12 @@ def dynamic_values(signed: bool) -> Tensor:
 
 @cache
 def code_book(signed: bool, device: torch.device) -> CodeBook:
-    """The book for first moments (`signed`) or second ones, on `device`."""
+    """The book for first moments (`signed`) or second ones, on `device`; kept, and so never of fake tensors."""
+    with unset_fake_temporarily():
+        return _make_book(signed, device)
+
+
+def _make_book(signed: bool, device: torch.device) -> CodeBook:
     values = dynamic_values(signed)
     thresholds = torch.cat([_thresholds(values), torch.tensor([torch.inf])])
     prefixes = torch.arange(1 << 16, dtype=torch.int32) << 16

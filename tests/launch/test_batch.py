@@ -140,7 +140,7 @@ def test_numbers_out_of_range_are_all_named() -> None:
         "--nodes",
         "--gpus-per-node",
         "--crash-limit",
-        "--sbatch time",
+        "--time",
     ]
 
 

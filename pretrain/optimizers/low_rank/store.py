@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ....kernels.adamw_8bit import CodeBook, code_book
 from ....parallel.comm import largest_of_each
@@ -78,6 +77,4 @@ class Store:
         return {f"{slot}_codes": codes.to(torch.uint8), f"{slot}_scales": scales_xrb}
 
     def _book(self, slot: str) -> CodeBook:
-        # Books are kept for the process: none may be made of fake tensors.
-        with unset_fake_temporarily():
-            return code_book(slot != "exp_avg_sq", self.layout.parameter.device)
+        return code_book(slot != "exp_avg_sq", self.layout.parameter.device)
