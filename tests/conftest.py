@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -30,6 +31,14 @@ def gloo() -> Iterator[Callable]:
     pool = GlooPool()
     yield pool.run
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of a few pages, for tests that leave it as it is."""
+    from tiny import prepare_tiny  # loads Triton, which must be told first whether to interpret
+
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,14 +17,9 @@ from headrace.pretrain.hf import export_hf
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.saved_run import load_run
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import tiny_config
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=99", "train.average_decay=0.7")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
 def run_until(config: Config, step: int) -> None:

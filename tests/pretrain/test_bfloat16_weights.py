@@ -15,7 +15,7 @@ from headrace.pretrain.config import Config
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.saved_run import load_run
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import tiny_config
 
 NARROW = (
     "train.weights=bfloat16",
@@ -27,11 +27,6 @@ NARROW = (
     "optimizer.stochastic_rounding=true",
     "train.steps=40",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
 def run_until(config: Config, step: int) -> str:

@@ -17,12 +17,7 @@ from headrace.pretrain.config import Config
 from headrace.pretrain.control import Control
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+from tiny import tiny_config
 
 
 def run(config: Config, kicked: int | None = None, number: int = signal.SIGUSR1) -> int:

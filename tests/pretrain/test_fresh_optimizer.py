@@ -13,15 +13,10 @@ from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import tiny_config
 
 EIGHT = ("optimizer.kind=adamw", "optimizer.state_bits=8", "optimizer.block_size=16", "optimizer.min_8bit_size=0")
 FRESH = "checkpoint.fresh_optimizer=true"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
 def run_until(config: Config, step: int) -> str:
