@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -175,6 +176,8 @@ def _serve(descriptor: int, parent: int) -> None:
         try:
             address, rank, world_size, store, timeout_s = pickle.loads(link.recv_bytes())
             payload = link.recv_bytes()
+            with suppress(Exception):  # `_call` meets it again, and replies with it
+                _load_module(*address[:2])
             connected = _connect(rank, world_size, store, timeout_s)
             link.send_bytes(pickle.dumps(connected))
             if not connected:
@@ -231,15 +234,23 @@ def _call(address: tuple[str, str, str], payload: bytes) -> Any:
 
 
 def _forget_meshes() -> None:
-    """Drops DTensor's cached sharding decisions: they hold meshes whose process groups no longer exist."""
+    """Drops what DTensor keeps of its decisions: it holds the meshes, and they their groups."""
     if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor._collective_utils import MeshTopoInfo
+        from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+        _gen_transform_infos.cache_clear()
+        MeshTopoInfo.build_from_mesh.cache_clear()
+        clear_redistribute_planner_cache()
 
 
 def _load_module(name: str, file: str) -> ModuleType:
-    """The module `name`, imported by name or, for a test module, from its file under the name it has in the parent."""
+    """The module `name`, imported by name or, for a test module, from its file under the name it has in the parent.
+
+    First without a group: what exists when a module is first loaded is never collected.
+    """
     if name in sys.modules:
         return sys.modules[name]
     try:

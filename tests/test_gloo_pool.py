@@ -1,5 +1,6 @@
 """The worker pool itself: results, failures, deaths and hangs."""
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from gloo_pool import MAX_THREADS, GlooPool, WorkerError
 
@@ -88,3 +90,17 @@ def make_groups_in_a_cycle() -> int:
 def test_groups_of_earlier_calls_take_their_threads_with_them(gloo: Callable) -> None:
     counts = [max(gloo(2, make_groups_in_a_cycle)) for _ in range(16)]
     assert max(counts) <= MAX_THREADS + counts[0] + 32
+
+
+def threads_with_a_mesh(rows: int) -> int:
+    """Threads of this process, once what earlier calls left is collected and a tensor has been spread and gathered."""
+    gc.collect()
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    spread = distribute_tensor(torch.ones(rows, 4), mesh, [Replicate(), Shard(0)])
+    assert spread.redistribute(placements=[Replicate(), Replicate()]).to_local().sum() == 4 * rows
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_what_dtensor_keeps_does_not_keep_groups_of_earlier_calls(gloo: Callable) -> None:
+    counts = [max(gloo(2, threads_with_a_mesh, rows)) for rows in (2, 4, 6, 8)]
+    assert max(counts) <= counts[0], counts
