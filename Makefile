@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint clean
+.PHONY: help train test lint slurm-test clean
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -44,6 +44,11 @@ lint: .venv/test.done
 
 test: lint
 	$(BIN)/python -m pytest --durations=15
+
+# Real slurm, two nodes on this machine; as root, where Debian's packages can be installed.
+slurm-test: .venv/test.done
+	bash tests/slurm/install.sh
+	HEADRACE_SLURM=1 $(BIN)/python -m pytest -s tests/slurm
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -13,6 +13,9 @@ from ..errors import UserError
 
 ALLOWED = re.compile(r"[A-Za-z0-9._/@:+=,%-]+")
 LOGS = "logs"
+# Longer than any partition's grace time between SIGTERM and the end of a preempted job.
+SLURMS_TURN_S = 1800
+LOOK_EVERY_S = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
 
     Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
     itself is followed by another, in the same job, unless `crash_limit` of them in a row finished no step. After
-    SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm.
+    SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm: slurm sends it to the processes of
+    the run alone, and looks at the job again some time later; a job that has ended by then is not queued again.
 
     Args:
         run: the run folder.
@@ -95,7 +99,8 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
         for key, value in words.items()
     }
     head = "\n".join(f"#SBATCH --{key}={value}" for key, value in options)
-    return f"#!/bin/bash\n{head}\n#SBATCH --requeue\n" + SCRIPT.format(**quoted, crash_limit=config.crash_limit)
+    numbers = {"crash_limit": config.crash_limit, "slurms_turn_s": SLURMS_TURN_S, "look_every_s": LOOK_EVERY_S}
+    return f"#!/bin/bash\n{head}\n#SBATCH --requeue\n" + SCRIPT.format(**quoted, **numbers)
 
 
 SCRIPT = """
@@ -105,22 +110,47 @@ run={run}
 status() {{ {python} status "$run" --json 2>/dev/null; }}
 step() {{ local n; n=$(status | sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
 finished() {{ status | grep -q '"state": "finished"'; }}
+running() {{ status | grep -q '"state": "running"'; }}
+
+# An srun whose node was away for a moment waits for it long after the run has ended: such a step is cancelled.
+end_with_run() {{
+  local seen='' missed=0
+  while sleep {look_every_s}; do
+    if running; then seen=1 missed=0; elif [ -n "$seen" ]; then missed=$((missed + 1)); fi
+    if [ $missed -ge 3 ]; then
+      echo "the run has ended, its step $1 has not: cancelled"
+      scancel --quiet "$SLURM_JOB_ID.$1"
+      sleep {look_every_s}
+      kill -9 "$2" 2>/dev/null
+      return
+    fi
+  done
+}}
 
 asked='' ended=''
 trap 'asked=1; touch "$run/STOP"' USR1
 trap 'ended=1' TERM
 
-crashes=0
+crashes=0 number=-1
 while ! finished; do
   before=$(step)
   rm -f "$run/STOPPED"
-  srun --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
-  while wait $!; result=$?; kill -0 $! 2>/dev/null; do :; done  # a trap ends a wait
+  srun --overlap --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
+  srun=$! number=$((number + 1))
+  end_with_run $number $srun & watchdog=$!
+  while wait $srun; result=$?; kill -0 $srun 2>/dev/null; do :; done  # a trap ends a wait
+  kill $watchdog 2>/dev/null
   if [ -n "$ended" ]; then exit 143; fi
   if finished; then break; fi
   if [ -n "$asked" ]; then
     echo "asked to stop ahead of the time limit after step $(step): queued again"
     exec scontrol requeue "$SLURM_JOB_ID"
+  fi
+  if grep -qs SIGTERM "$run/STOPPED"; then
+    echo "ended by SIGTERM after step $(step): what follows is slurm's"
+    SECONDS=0
+    until [ -n "$ended" ] || [ $SECONDS -ge {slurms_turn_s} ]; do sleep {look_every_s} & wait $!; done
+    exit 143
   fi
   if [ -e "$run/STOPPED" ]; then echo "stopped after step $(step)"; exit 0; fi
   if [ "$(step)" = "$before" ]; then crashes=$((crashes + 1)); else crashes=0; fi

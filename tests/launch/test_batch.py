@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import UserError
+from headrace.launch import batch
 from headrace.launch.batch import BatchConfig, batch_script, submit, write_script
 from headrace.launch.cli import main
 from tiny import CONFIG
 
 # Trains: adds so many steps as the file `steps` says, then does what the file `then` says.
 SRUN = """#!{python}
-import json, os, pathlib, sys, time
+import fcntl, json, os, pathlib, sys, time
 run = pathlib.Path("runs/job")
 run.mkdir(parents=True, exist_ok=True)
 (run / "config.toml").write_text("[train]\\nsteps = 10\\n")
@@ -36,16 +37,30 @@ if then == "wait":
     (run / "STOP").unlink()
     (run / "STOPPED").write_text(json.dumps({{"step": done + steps, "reason": "the file STOP"}}))
     then = "0"
+if then == "end":  # rank 0 is gone, and srun waits for another node
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        time.sleep(2)
+    pathlib.Path("then").write_text("0")
+    while not pathlib.Path("cancelled").exists():
+        time.sleep(0.02)
+    sys.exit(1)
+if then == "term":
+    (run / "STOPPED").write_text(json.dumps({{"step": done + steps, "reason": "SIGTERM"}}))
+    then = "0"
 sys.exit(int(then))
 """
 SCONTROL = '#!/bin/bash\necho "$@" > requeued\n'
+SCANCEL = '#!/bin/bash\necho "$@" > cancelled\n'
 
 
 def start(folder: Path, steps: int, then: str, crash_limit: int = 3) -> subprocess.Popen[str]:
     """The script in `folder`; `then` is a status of srun, or `wait`."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+    for name, text in (
+        ("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL), ("scancel", SCANCEL)
+    ):  # fmt: skip
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     (folder / "steps").write_text(str(steps))
@@ -117,6 +132,27 @@ def test_what_slurm_ends_is_left_to_slurm(tmp_path: Path) -> None:
     job.communicate(timeout=60)
     assert job.returncode == 143
     assert not (tmp_path / "requeued").exists()
+
+
+def test_a_preempted_job_waits_for_slurm_to_queue_it(tmp_path: Path) -> None:
+    """Slurm tells the tasks, not the script, and a job that ends in its grace time is not queued again."""
+    job = start(tmp_path, steps=4, then="term")
+    assert job.stdout is not None
+    assert "ended by SIGTERM after step 4" in job.stdout.readline()
+    assert job.poll() is None
+    job.terminate()
+    job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_step_that_outlives_its_run_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "LOOK_EVERY_S", 0.3)
+    job = start(tmp_path, steps=5, then="end")
+    told = job.communicate(timeout=60)[0]
+    assert "its step 0 has not: cancelled" in told
+    assert (tmp_path / "cancelled").read_text() == "--quiet 77.0\n"
+    assert told.endswith("finished after step 10\n")
 
 
 @pytest.mark.parametrize(
