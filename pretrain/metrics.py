@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a progress line, `metrics.jsonl`, and wandb when it is asked for."""
+"""Where the numbers of a run go: a progress line, `metrics.jsonl`, wandb and TensorBoard when they are asked for."""
 
 import json
 import os
@@ -9,22 +9,36 @@ from typing import Any
 
 from ..errors import UserError
 from .config import Config
+from .tensorboard import TensorBoard
 
 
 class Metrics:
-    """Writes each record to `metrics.jsonl`, to the terminal and, when turned on, to wandb. Used on rank 0 only."""
+    """Writes each record to `metrics.jsonl`, to the terminal and, when turned on, to wandb and TensorBoard.
 
-    def __init__(self, config: Config, path: Path) -> None:
+    Used on rank 0 only.
+
+    Args:
+        config: of the run.
+        path: the file of records.
+        run_id: the same over all starts of the run.
+        start: number of this start.
+        step: where the run goes on.
+    """
+
+    def __init__(self, config: Config, path: Path, run_id: str = "", start: int = 1, step: int = 0) -> None:
         self.total_steps = config.train.steps
+        self.identity = {"run": run_id, "start": start}
+        self.tensorboard = TensorBoard(config.run.folder, step) if config.log.tensorboard else None
         self.file = path.open("ab", buffering=0)
-        self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
+        self.wandb = _start_wandb(config, run_id or config.run.name) if config.log.wandb != "off" else None
 
     def start(self, step: int, tokens: int, kernels: str, optimizer: dict[str, Any]) -> None:
         """The run starts, or goes on, after `step`, with operators computed by `kernels` and this `optimizer`."""
         names = {"torch": "PyTorch", "triton": "Triton", "reference": "the definitions"}
         self._show(f"operators by {names[kernels]}")
         self._show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
-        self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels, "optimizer": optimizer})
+        record = {"kind": "start", "step": step, **self.identity, "tokens": tokens}
+        self._write({**record, "kernels": kernels, "optimizer": optimizer})
 
     def train(self, record: dict[str, Any], seconds_left: float) -> None:
         """One update's record (see docs/metrics.md for its keys)."""
@@ -57,6 +71,8 @@ class Metrics:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def _show(self, line: str) -> None:
         stamp = time.strftime("%H:%M:%S")
@@ -69,6 +85,8 @@ class Metrics:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
             self.wandb.log(_scalars(record), step=record["step"])
+        if self.tensorboard is not None:
+            self.tensorboard.write(_scalars(record), record["step"])
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +111,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _start_wandb(config: Config) -> Any:
-    """A wandb run that goes by the run's name, the same one over restarts.
+def _start_wandb(config: Config, run_id: str) -> Any:
+    """A wandb run that shows the run's name, the same one over restarts.
 
     Raises:
         UserError: wandb is not installed, or cannot be reached.
@@ -107,7 +125,7 @@ def _start_wandb(config: Config) -> Any:
         return wandb.init(
             project="headrace",
             name=config.run.name,
-            id=config.run.name,
+            id=run_id,
             dir=str(config.run.folder),
             mode="offline" if config.log.wandb == "offline" else "online",
             resume="allow",
