@@ -281,3 +281,14 @@ def test_a_full_disk_costs_the_record_alone(tmp_path: Path, capsys: pytest.Captu
     clock.step(1, 10)
     clock.close()
     assert "starts.jsonl cannot be written: No space left on device" in capsys.readouterr().err
+
+
+def test_wandb_knows_the_run_by_its_id(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("wandb")
+    config = tiny_config(tmp_path, data, "log.wandb=offline", "train.steps=2")
+    gloo(1, run_until, config, 1)
+    gloo(1, run_until, config, None)
+    run_id = (config.run.folder / "run_id").read_text().strip()
+    folders = sorted((config.run.folder / "wandb").glob("offline-run-*"))
+    assert folders
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {run_id}
