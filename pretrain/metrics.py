@@ -35,8 +35,8 @@ class Metrics:
     def start(self, step: int, tokens: int, kernels: str, optimizer: dict[str, Any]) -> None:
         """The run starts, or goes on, after `step`, with operators computed by `kernels` and this `optimizer`."""
         names = {"torch": "PyTorch", "triton": "Triton", "reference": "the definitions"}
-        self._show(f"operators by {names[kernels]}")
-        self._show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
+        self.show(f"operators by {names[kernels]}")
+        self.show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
         record = {"kind": "start", "step": step, **self.identity, "tokens": tokens}
         self._write({**record, "kernels": kernels, "optimizer": optimizer})
 
@@ -44,7 +44,7 @@ class Metrics:
         """One update's record (see docs/metrics.md for its keys)."""
         skipped = f" | skipped {record['skipped']}" if record["skipped"] else ""
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        self._show(
+        self.show(
             f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | loss {loss} | "
             f"{record['tokens_per_s']:,.0f} tokens/s | {_clock(seconds_left)} left{skipped}"
         )
@@ -53,17 +53,17 @@ class Metrics:
     def routing(self, step: int, record: dict[str, Any], warning: str | None) -> None:
         """The health of routing since the record before, and a line to show when experts have died."""
         if warning:
-            self._show(f"step {step} | {warning}")
+            self.show(f"step {step} | {warning}")
         self._write({"kind": "routing", "step": step, **record})
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One held-out evaluation's record."""
-        self._show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
+        self.show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
         self._write({"kind": "eval", **record})
 
     def stop(self, step: int, reason: str) -> None:
         """The run stops after `step` because it was asked to."""
-        self._show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
+        self.show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
         self._write({"kind": "stop", "step": step, "reason": reason})
 
     def close(self) -> None:
@@ -74,7 +74,8 @@ class Metrics:
         if self.tensorboard is not None:
             self.tensorboard.close()
 
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """A line on the terminal, with the time of day."""
         stamp = time.strftime("%H:%M:%S")
         print(f"{stamp} {line}", file=sys.stderr, flush=True)
 

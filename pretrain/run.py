@@ -29,6 +29,7 @@ from .config import Config
 from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
+from .profile import StepProfiler
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
 from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
@@ -57,6 +58,7 @@ class Run:
     clock: RunClock
     alerts: Alerts
     lookout: Lookout | None
+    profiler: StepProfiler
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
@@ -76,10 +78,16 @@ class Run:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
 
+    def tell_trace(self, path: Path) -> None:
+        """Say where the trace of the last steps is."""
+        if self.metrics is not None:
+            self.metrics.show(f"step {self.progress.step} | traced: {path}")
+
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""
         with self.clock.phase("close"):
             self.loader.close()
+            self.profiler.close()
             if self.metrics is not None:
                 self.metrics.close()
             self.alerts.flush()
@@ -158,14 +166,15 @@ def fill_run(
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    room = (
-        Lookout(config.alerts, folder.path, checkpoint_bytes(config, int(updated_by["state_bytes"])))
-        if folder
-        else None
-    )
+    lookout = None
+    if folder is not None:
+        averaged = 4 * config.model.num_params() if decay else 0
+        size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
+        lookout = Lookout(config.alerts, folder.path, size)
+    profiler = StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device)
     return Run(
         config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics, clock,
-        alerts, room,
+        alerts, lookout, profiler,
     )  # fmt: skip
 
 
@@ -231,11 +240,9 @@ def optimizer_facts(
     }
 
 
-def checkpoint_bytes(config: Config, optimizer_bytes: int) -> int:
-    """Bytes of a checkpoint's tensors, of which the optimizer has so many; beside them it holds some kB."""
-    parameters = list(build_stage(config, None).parameters())
-    averaged = 4 * sum(parameter.numel() for parameter in parameters) if config.train.average_decay else 0
-    return sum(parameter.nbytes for parameter in parameters) + optimizer_bytes + averaged
+def parameter_bytes(config: Config) -> int:
+    """Bytes of the whole model's parameters, in the dtypes they are kept in."""
+    return sum(parameter.nbytes for parameter in build_stage(config, None).parameters())
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

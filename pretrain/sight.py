@@ -48,7 +48,7 @@ class Lookout:
     Attributes:
         config: the limits.
         folder: the run folder.
-        checkpoint_bytes: what the next checkpoint needs.
+        checkpoint_bytes: of one checkpoint's tensors.
         since_s: when this start began to train, seconds since 1970: checkpoints from before do not age.
     """
 

@@ -60,6 +60,10 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if watch:
                     watch.step(progress.step)
                 wish = control.agreed()
+                if path := run.profiler.step():
+                    run.tell_trace(path)
+                if Wish.PROFILE in wish:
+                    run.profiler.ask(progress.step)
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
