@@ -78,10 +78,13 @@ class Run:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
 
-    def tell_trace(self, path: Path) -> None:
-        """Say where the trace of the last steps is."""
-        if self.metrics is not None:
+    def trace(self, is_wanted: bool) -> None:
+        """Count a step of a trace, say where it is when it is done, and begin one that `is_wanted`."""
+        path = self.profiler.step()
+        if path is not None and self.metrics is not None:
             self.metrics.show(f"step {self.progress.step} | traced: {path}")
+        if is_wanted:
+            self.profiler.ask(self.progress.step)
 
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""

@@ -60,10 +60,6 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if watch:
                     watch.step(progress.step)
                 wish = control.agreed()
-                if path := run.profiler.step():
-                    run.tell_trace(path)
-                if Wish.PROFILE in wish:
-                    run.profiler.ask(progress.step)
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
@@ -74,6 +70,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 pace.updates += 1
                 pace.tokens += targets
                 pace.seconds += time.perf_counter() - started
+                run.trace(Wish.PROFILE in wish)
                 if log:
                     report_step(run, loss_sum, targets, norm, pace)
                     pace = Pace()
