@@ -14,7 +14,7 @@ from ..pretrain.agreement import source_files, source_hash
 from .findings import Finding
 
 DAY_S = 86400.0
-LEAST_TORCH = (2, 11)
+LEAST_TORCH = "2.11"
 # Activations and the libraries' own buffers come on top of what a rank holds.
 ROOM = 0.8
 
@@ -27,8 +27,7 @@ def check_versions() -> Finding:
         triton = "none"
     text = f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}, source {source_hash()}"
     if torch.__version__ < LEAST_TORCH:
-        least = ".".join(map(str, LEAST_TORCH))
-        return Finding("versions", "FAIL", f"{text}; torch {least} or newer is needed", everywhere=True)
+        return Finding("versions", "FAIL", f"{text}; torch {LEAST_TORCH} or newer is needed", everywhere=True)
     return Finding("versions", "ok", text, everywhere=True)
 
 

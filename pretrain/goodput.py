@@ -129,7 +129,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
     try:
         lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

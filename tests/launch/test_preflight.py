@@ -132,7 +132,7 @@ def test_the_date_of_the_code() -> None:
 
 def test_versions_that_are_too_old() -> None:
     assert check_versions().status == "ok"
-    with mock.patch("headrace.launch.machine.LEAST_TORCH", (99, 0)):
+    with mock.patch("headrace.launch.machine.LEAST_TORCH", "99.0"):
         assert "torch 99.0 or newer is needed" in check_versions().text
 
 

@@ -99,7 +99,7 @@ def test_profile(gloo: Callable, tmp_path: Path, data: Path) -> None:
     trace = json.loads(gzip.decompress((folder / "step-3.json.gz").read_bytes()))
     names_of = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum(name.startswith("Optimizer.step") for name in names_of) == 2  # torch's AdamW, once a step
-    assert "aten::mm" in (folder / "step-3.txt").read_text()
+    assert "aten::" in (folder / "step-3.txt").read_text()
     assert not (config.run.folder / "PROFILE").exists()
     assert not (whole.run.folder / "profile").exists()
     assert losses(config) == losses(whole)
