@@ -22,6 +22,7 @@ from headrace.errors import UserError
 from headrace.launch.findings import Finding, attempt, format_findings, join_findings
 from headrace.launch.machine import check_code_date, check_memory, check_port, check_versions
 from headrace.launch.network import check_clocks, check_network
+from headrace.launch.preflight import make_plan, preflight
 from headrace.launch.storage import (
     check_data,
     check_disk,
@@ -69,29 +70,36 @@ def test_all_is_well_on_two_processes(tmp_path: Path, data: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.toml"]
 
 
-def test_what_is_wrong_is_one_line_each_and_status_1(tmp_path: Path, data: Path) -> None:
-    done = headrace(write_config(tmp_path, data), "data.folder=nowhere", "checkpoint.keep_last=999999999999")
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert done.returncode == 1, done.stdout + done.stderr
+def test_what_is_wrong_is_one_line_each_and_status_1(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(write_config(tmp_path, data))
+    assert preflight(config, ["data.folder=nowhere", "checkpoint.keep_last=999999999999"], full=True) == 1
+    printed = capsys.readouterr()
+    failed = [line for line in printed.out.splitlines() if line.startswith("FAIL")]
     assert [line.split()[1] for line in failed] == ["data", "disk"]
     assert "nowhere holds no prepared data" in failed[0]
-    assert done.stderr == ""
+    assert "hashes" not in printed.out
+    assert printed.err == ""
 
 
-def test_a_bad_configuration_and_a_port_in_use(tmp_path: Path, data: Path) -> None:
-    config = write_config(tmp_path, data)
-    done = headrace(config, "parallel.tp=3", "--nproc", "2")
-    assert done.returncode == 1
-    assert [line[:12] for line in done.stdout.splitlines() if line.startswith("FAIL")] == ["FAIL  config"]
-    assert "warn  not checked" in done.stdout
+def test_a_bad_configuration_and_a_port_in_use(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(write_config(tmp_path, data))
+    assert preflight(config, ["parallel.tp=3", "train.steps=0"], full=False) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in lines if line.startswith("FAIL")] == ["FAIL  config"]
+    assert any("train.steps=0" in line for line in lines)
+    assert lines[-1].startswith("warn  not checked")
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        done = headrace(config, RANK="0", WORLD_SIZE="1", **where)
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].startswith("FAIL  port")
-    assert "set another" in done.stdout
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (environment | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        assert preflight(config, [], full=False) == 1
+    assert "set another" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,13 +199,11 @@ def test_a_checkpoint_is_as_large_as_foretold(gloo: Callable, tmp_path: Path, da
     path = tmp_path / "tiny.toml"
     config = tiny_config(tmp_path, data, "train.average_decay=0.9", "train.steps=2")
     path.write_text(config.to_toml())
-    code = "import sys; from pathlib import Path; from headrace.launch.preflight import make_plan\n"
-    code += "print(make_plan(Path(sys.argv[1]), [], 0, 2)[0].checkpoint_bytes)"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    expected = int(done.stdout)
+    plan, _ = make_plan(path, [], 0, 2)
+    assert plan is not None
     gloo(1, run_to_end, config)
     tensors = load_full(config.run.folder / "checkpoints" / "step-00000002")
-    assert expected == sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim)
+    assert plan.checkpoint_bytes == sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim)
 
 
 def test_disk(tmp_path: Path, data: Path) -> None:
