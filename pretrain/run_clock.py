@@ -19,7 +19,7 @@ from typing import Any, Literal
 Phase = Literal["startup", "train", "eval", "save", "close"]
 STARTS, RUN_ID = "starts.jsonl", "run_id"
 # A heartbeat every hundredth of the time a start has gone on, within these bounds.
-LEAST_BEAT_S, MOST_BEAT_S = 5.0, 60.0
+LEAST_BEAT_S, MOST_BEAT_S = 2.0, 60.0
 
 
 class RunClock:
