@@ -68,6 +68,13 @@ def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
     train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 
+    summary = "check that a run would start, fit and be safe here: one line a check, status 1 if one fails"
+    preflight = _command(subparsers, "preflight", commands.preflight, summary)
+    preflight.add_argument("config", help="a TOML file")
+    preflight.add_argument("--nproc", type=int, help="check with this many processes here (default: as torchrun did)")
+    preflight.add_argument("--full", action="store_true", help="hash the data too")
+    _add_overrides(preflight)
+
     summary = "print what each process of a run will hold and send, without starting one"
     explain = _command(subparsers, "explain", commands.explain, summary)
     explain.add_argument("config", help="a TOML file")

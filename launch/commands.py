@@ -98,6 +98,25 @@ def launch(options: argparse.Namespace) -> int:
     return 0
 
 
+def preflight(options: argparse.Namespace) -> int:
+    """`headrace preflight`: whether a run would start, fit and be safe here; the status is 1 if a check failed."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from .slurm import adopt_slurm
+
+    adopt_slurm()
+    if options.nproc is not None and "RANK" not in os.environ:
+        from .local import check_nproc, run_processes
+
+        check_nproc(options.nproc)
+        full = ["--full"] if options.full else []
+        return run_processes(["preflight", options.config, *full, *options.overrides], options.nproc)
+    from .local import end_with_launcher
+    from .preflight import preflight
+
+    end_with_launcher()
+    return preflight(Path(options.config), options.overrides, options.full)
+
+
 def explain(options: argparse.Namespace) -> int:
     """`headrace explain`: what one rank of a run holds and sends, without starting one."""
     from ..errors import UserError

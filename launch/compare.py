@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 
 # What every start of a run writes anew without making it another run.
-PASSING = ("config.run.name", "record.resumed_at")
+PASSING = ("config.run.name", "record.resumed_at", "record.run", "record.start")
 
 
 def differences(first: Path, second: Path) -> list[str]:

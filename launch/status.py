@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..pretrain.goodput import Goodput, measure_goodput, read_starts
+from ..pretrain.run_clock import RUN_ID, STARTS
 
 # The newest records are at the end of a file that may be long.
 TAIL_BYTES = 1 << 18
@@ -28,6 +30,8 @@ class RunStatus:
         bits_per_byte: of the last held-out evaluation.
         idle_s: seconds since the last record.
         checkpoint: name of the newest.
+        run: the run's id, the same over all its starts.
+        goodput: what the time since the first start went into.
     """
 
     name: str
@@ -41,6 +45,12 @@ class RunStatus:
     bits_per_byte: float | None
     idle_s: float | None
     checkpoint: str | None
+    run: str | None
+    goodput: Goodput | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, the goodput with the fraction."""
+        return asdict(self) | {"goodput": self.goodput.to_json() if self.goodput else None}
 
 
 def read_status(folder: Path) -> RunStatus:
@@ -77,6 +87,8 @@ def read_status(folder: Path) -> RunStatus:
         bits_per_byte=evaluation.get("bits_per_byte"),
         idle_s=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
+        run=(folder / RUN_ID).read_text().strip() if (folder / RUN_ID).exists() else None,
+        goodput=measure_goodput(read_starts(folder / STARTS)),
     )
 
 
@@ -95,10 +107,11 @@ def find_runs(folders: list[str]) -> list[Path]:
 
 
 def format_status(found: list[RunStatus], as_json: bool) -> str:
-    """A table, one run a line; or one JSON object a line."""
+    """A table, one run a line, and of a single run what its time went into; or one JSON object a line."""
     if as_json:
-        return "\n".join(json.dumps(asdict(status)) for status in found)
-    rows = [("run", "state", "step", "loss", "bits/byte", "tokens/s", "last record", "checkpoint")]
+        return "\n".join(json.dumps(status.to_json()) for status in found)
+    head = ("run", "state", "step", "loss", "bits/byte", "tokens/s", "last record", "checkpoint", "starts", "goodput")
+    rows = [head]
     for status in found:
         state = f"{status.state} {status.detail}".strip()
         step = f"{status.step:,}" + ("" if status.steps is None else f" of {status.steps:,}")
@@ -108,7 +121,25 @@ def format_status(found: list[RunStatus], as_json: bool) -> str:
             _number(status.bits_per_byte, ".4f"),
             _number(status.tokens_per_s, ",.0f"),
         )
-        rows.append((status.name, state, step, *numbers, idle, status.checkpoint or "-"))
+        goodput = status.goodput
+        share = ("-", "-") if goodput is None else (str(goodput.starts), f"{goodput.fraction:.1%}")
+        rows.append((status.name, state, step, *numbers, idle, status.checkpoint or "-", *share))
+    table = _table(rows)
+    if len(found) == 1 and found[0].goodput is not None:
+        table += "\n\n" + _goodput_table(found[0].goodput)
+    return table
+
+
+def _goodput_table(goodput: Goodput) -> str:
+    """Every part that is not nothing."""
+    since = f"time since the first of {goodput.starts} starts" if goodput.starts > 1 else "time since the start"
+    rows = [(since, "s", "share")]
+    for words, seconds, share in goodput.rows():
+        if seconds:
+            if words.startswith("lost") and goodput.lost_steps:
+                words += f" ({goodput.lost_steps:,})"
+            rows.append((words, f"{seconds:,.1f}", f"{share:.1%}"))
+    rows.append(("together", f"{goodput.wall_s:,.1f}", ""))
     return _table(rows)
 
 

@@ -3,8 +3,10 @@
 import logging
 import os
 import platform
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,12 @@ from .config import ParallelConfig
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, and its device."""
+    """This process among all: its rank, their number, its device, and when it began (seconds since 1970)."""
 
     rank: int
     size: int
     device: torch.device
+    began_s: float = field(default_factory=time.time)
 
     @property
     def is_first(self) -> bool:
@@ -69,7 +72,17 @@ def start_world(timeout_s: float = 600.0) -> World:
             ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, process_began_s())
+
+
+def process_began_s() -> float:
+    """When the system started this process, in seconds since 1970; where it does not tell (not Linux), now."""
+    try:
+        # Fields are counted from behind the name, which may hold anything.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
 
 
 def stop_world() -> None:

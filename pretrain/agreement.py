@@ -45,13 +45,18 @@ def check_agreement(config: Config, world: World) -> None:
     raise UserError("; ".join(_differences(keys, everyone, texts)), everywhere=True)
 
 
+def source_files() -> list[Path]:
+    """The package's Python files, tests and benchmarks aside."""
+    root = Path(__file__).resolve().parents[1]
+    folders = [folder.parent for folder in root.glob("*/__init__.py")]
+    return sorted([*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
+
+
 def source_hash() -> str:
     """A hash over the package's Python files, tests and benchmarks aside, by name and content."""
     root = Path(__file__).resolve().parents[1]
-    folders = [folder.parent for folder in root.glob("*/__init__.py")]
-    files = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(files):
+    for path in source_files():
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

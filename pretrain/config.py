@@ -14,6 +14,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.fit import fit_problems
 from ..parallel.recompute import Recompute
 from ..parallel.stages import pipeline_problems
+from .alerts import AlertConfig
 from .config_io import apply_overrides, build, format_toml, read_toml, to_tables
 from .optimizers.config import OptimizerConfig
 from .schedule import ScheduleConfig
@@ -154,14 +155,20 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often a line is written, and whether to wandb too."""
+    """How often a line is written, whether to wandb and TensorBoard too, and how many steps `PROFILE` traces."""
 
     every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
+    profile_steps: int = 3
 
     def problems(self) -> list[str]:
         """Every field out of range."""
-        return [] if self.every_steps >= 1 else [f"log.every_steps={self.every_steps} must be at least 1"]
+        return [
+            f"log.{name}={getattr(self, name)} must be at least 1"
+            for name in ("every_steps", "profile_steps")
+            if getattr(self, name) < 1
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +185,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    alerts: AlertConfig = field(default_factory=AlertConfig)
 
     def _weight_problems(self) -> list[str]:
         found = []
@@ -220,6 +228,7 @@ class Config:
             *self.eval.problems(),
             *self.checkpoint.problems(),
             *self.log.problems(),
+            *self.alerts.problems(),
         ]
 
     def to_toml(self) -> str:

@@ -24,6 +24,7 @@ class Wish(IntFlag):
     STOP = 4
     SIGTERM = 8
     SIGUSR1 = 16
+    PROFILE = 32
 
     @property
     def stops(self) -> bool:
@@ -37,7 +38,7 @@ class Wish(IntFlag):
         return " and ".join(text for wish, text in words.items() if self & wish)
 
 
-FILES = {"CHECKPOINT_NOW": Wish.SAVE, "EVAL_NOW": Wish.EVALUATE, "STOP": Wish.STOP}
+FILES = {"CHECKPOINT_NOW": Wish.SAVE, "EVAL_NOW": Wish.EVALUATE, "PROFILE": Wish.PROFILE, "STOP": Wish.STOP}
 SIGNALS = {signal.SIGTERM: Wish.SIGTERM, signal.SIGUSR1: Wish.SIGUSR1}
 
 

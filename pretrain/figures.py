@@ -24,12 +24,14 @@ class Curves:
         train: `step`, `tokens`, `loss`, `lr`, `grad_norm`, `tokens_per_s`, `seconds`, `skipped` by update.
         heldout: `step`, `tokens`, `loss`, `bits_per_byte` by evaluation.
         restarts: tokens seen when the run was started again.
+        lost: stretches of tokens that a start had trained on when it ended, and that were trained on again.
         compressors: bits per byte of the held-out text by program name.
     """
 
     train: Columns
     heldout: Columns
     restarts: Sequence[float] = ()
+    lost: Sequence[tuple[float, float]] = ()
     compressors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -182,6 +184,12 @@ def _draw_loss(axes: "Axes", curves: Curves, theme: Theme) -> str:
     if _has(curves.heldout, "loss"):
         _line(axes, curves.heldout, "loss", color=theme.second, label="held out")
         words.append(f"held-out loss ends at {last_finite(curves.heldout['loss']):.3f}")
+    for number, (first, last) in enumerate(curves.lost):
+        label = None if number else "trained again"
+        axes.axvspan(first, last, color=theme.fourth, alpha=0.25, linewidth=0, label=label)
+    if curves.restarts:
+        again = len(curves.restarts)
+        words.append(f"started again {'once' if again == 1 else f'{again} times'}")
     axes.set_ylabel("nats per token")
     return f"Loss in nats per token against tokens: {', '.join(words)}."
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a progress line, `metrics.jsonl`, and wandb when it is asked for."""
+"""Where the numbers of a run go: a progress line, `metrics.jsonl`, wandb and TensorBoard when they are asked for."""
 
 import json
 import os
@@ -9,28 +9,42 @@ from typing import Any
 
 from ..errors import UserError
 from .config import Config
+from .tensorboard import TensorBoard
 
 
 class Metrics:
-    """Writes each record to `metrics.jsonl`, to the terminal and, when turned on, to wandb. Used on rank 0 only."""
+    """Writes each record to `metrics.jsonl`, to the terminal and, when turned on, to wandb and TensorBoard.
 
-    def __init__(self, config: Config, path: Path) -> None:
+    Used on rank 0 only.
+
+    Args:
+        config: of the run.
+        path: the file of records.
+        run_id: the same over all starts of the run.
+        start: number of this start.
+        step: where the run goes on.
+    """
+
+    def __init__(self, config: Config, path: Path, run_id: str = "", start: int = 1, step: int = 0) -> None:
         self.total_steps = config.train.steps
+        self.identity = {"run": run_id, "start": start}
+        self.tensorboard = TensorBoard(config.run.folder, step) if config.log.tensorboard else None
         self.file = path.open("ab", buffering=0)
-        self.wandb = _start_wandb(config) if config.log.wandb != "off" else None
+        self.wandb = _start_wandb(config, run_id or config.run.name) if config.log.wandb != "off" else None
 
     def start(self, step: int, tokens: int, kernels: str, optimizer: dict[str, Any]) -> None:
         """The run starts, or goes on, after `step`, with operators computed by `kernels` and this `optimizer`."""
         names = {"torch": "PyTorch", "triton": "Triton", "reference": "the definitions"}
-        self._show(f"operators by {names[kernels]}")
-        self._show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
-        self._write({"kind": "start", "step": step, "tokens": tokens, "kernels": kernels, "optimizer": optimizer})
+        self.show(f"operators by {names[kernels]}")
+        self.show(f"{optimizer['name']}: {optimizer['state_bytes_per_parameter']:.2f} bytes of state a parameter")
+        record = {"kind": "start", "step": step, **self.identity, "tokens": tokens}
+        self._write({**record, "kernels": kernels, "optimizer": optimizer})
 
     def train(self, record: dict[str, Any], seconds_left: float) -> None:
         """One update's record (see docs/metrics.md for its keys)."""
         skipped = f" | skipped {record['skipped']}" if record["skipped"] else ""
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        self._show(
+        self.show(
             f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | loss {loss} | "
             f"{record['tokens_per_s']:,.0f} tokens/s | {_clock(seconds_left)} left{skipped}"
         )
@@ -39,17 +53,17 @@ class Metrics:
     def routing(self, step: int, record: dict[str, Any], warning: str | None) -> None:
         """The health of routing since the record before, and a line to show when experts have died."""
         if warning:
-            self._show(f"step {step} | {warning}")
+            self.show(f"step {step} | {warning}")
         self._write({"kind": "routing", "step": step, **record})
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One held-out evaluation's record."""
-        self._show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
+        self.show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
         self._write({"kind": "eval", **record})
 
     def stop(self, step: int, reason: str) -> None:
         """The run stops after `step` because it was asked to."""
-        self._show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
+        self.show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
         self._write({"kind": "stop", "step": step, "reason": reason})
 
     def close(self) -> None:
@@ -57,8 +71,11 @@ class Metrics:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """A line on the terminal, with the time of day."""
         stamp = time.strftime("%H:%M:%S")
         print(f"{stamp} {line}", file=sys.stderr, flush=True)
 
@@ -69,6 +86,8 @@ class Metrics:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
             self.wandb.log(_scalars(record), step=record["step"])
+        if self.tensorboard is not None:
+            self.tensorboard.write(_scalars(record), record["step"])
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +112,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _start_wandb(config: Config) -> Any:
-    """A wandb run that goes by the run's name, the same one over restarts.
+def _start_wandb(config: Config, run_id: str) -> Any:
+    """A wandb run that shows the run's name, the same one over restarts.
 
     Raises:
         UserError: wandb is not installed, or cannot be reached.
@@ -107,7 +126,7 @@ def _start_wandb(config: Config) -> Any:
         return wandb.init(
             project="headrace",
             name=config.run.name,
-            id=config.run.name,
+            id=run_id,
             dir=str(config.run.folder),
             mode="offline" if config.log.wandb == "offline" else "online",
             resume="allow",

@@ -5,6 +5,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 
 from ..errors import UserError
 from .figures import Curves, Figure, draw_figures, last_finite, short_count, smoothed
+from .goodput import Goodput, Start, measure_goodput, read_starts, steps_that_stay
 from .routing_report import draw_routing, read_routing, routing_summary
+from .run_clock import STARTS
 from .run_folder import replace_file
 
 _TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "skipped")
@@ -49,13 +52,14 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` and `figures/*.png` into a run folder; returns the page's path.
 
-    Reads `metrics.jsonl` and, where they exist, `manifest.json`, `config.toml` and `results.json`. Of a step that was
-    trained twice the last record counts; a line cut short and values that are no numbers are passed over.
+    Reads `metrics.jsonl` and, where they exist, `starts.jsonl`, `manifest.json`, `config.toml` and `results.json`. Of a
+    step that was trained twice the last record counts; a line cut short and values that are no numbers are passed over.
     Raises `UserError` when the folder has no metrics or matplotlib is not installed.
     """
     run_dir = Path(run_dir)
     results = _read_json(run_dir / "results.json")
-    curves = read_curves(run_dir / "metrics.jsonl", results)
+    starts = read_starts(run_dir / STARTS)
+    curves = with_starts(read_curves(run_dir / "metrics.jsonl", results), starts)
     figures = draw_figures(curves)
     tokens = dict(zip(curves.train["step"].tolist(), curves.train["tokens"].tolist(), strict=True))
     records = (record for record in _records(run_dir / "metrics.jsonl") if record["kind"] == "routing")
@@ -71,6 +75,8 @@ def write_report(run_dir: Path) -> Path:
         pictures = "".join(map(_figure, routing_figures))
         sections.append("<h2>Routing</h2>" + pictures + _table(routing_summary(routing)))
     sections.append("<h2>Summary</h2>" + _table(_summary(curves, results)))
+    if goodput := measure_goodput(starts):
+        sections.append("<h2>Time</h2>" + _table(_goodput_rows(goodput)))
     sections += _how_it_ran(_read_json(run_dir / "manifest.json"), config)
     page = _page(_name(run_dir, config), curves, results, sections)
     replace_file(run_dir / "report.html", page)
@@ -106,6 +112,26 @@ def read_curves(metrics: Path, results: dict[str, Any]) -> Curves:
         restarts=[tokens for tokens in restarts if math.isfinite(tokens)],
         compressors={name: value for name, value in compressors.items() if math.isfinite(value)},
     )
+
+
+def with_starts(curves: Curves, starts: list[Start]) -> Curves:
+    """The curves with restarts, and what was lost at them, as `starts.jsonl` has them; unchanged without."""
+    if not starts:
+        return curves
+    trained = [start for start in starts if start.points]
+    lost = []
+    for start, limit in zip(starts, steps_that_stay(starts), strict=True):
+        again = [point.tokens for point in start.points if point.step > limit]
+        if again:
+            kept = [point.tokens for point in start.points if point.step <= limit]
+            lost.append((max(kept, default=start.points[0].tokens), again[-1]))
+    return replace(curves, restarts=[start.points[0].tokens for start in trained[1:]], lost=lost)
+
+
+def _goodput_rows(goodput: Goodput) -> list[tuple[str, str]]:
+    rows = [("since the first start", _duration(goodput.wall_s)), ("starts", str(goodput.starts))]
+    rows += [(words, f"{_duration(seconds)} ({share:.1%})") for words, seconds, share in goodput.rows()]
+    return [*rows, ("steps lost", f"{goodput.lost_steps:,}")]
 
 
 def _records(metrics: Path) -> Iterator[dict[str, Any]]:

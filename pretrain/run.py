@@ -23,18 +23,25 @@ from ..parallel.pipeline import Pipeline
 from ..parallel.spread import spread_model
 from ..parallel.stages import cut_stages, stages_of_rank
 from .agreement import check_agreement
+from .alerts import Alerts
 from .average import WeightAverage
 from .config import Config
 from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
+from .profile import StepProfiler
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
+from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
+from .sight import Lookout, open_sight
 
 
 @dataclass
 class Run:
-    """The parts of a run on this process; rank 0 alone has `folder` and `metrics`, a run that evaluates `heldout`."""
+    """The parts of a run on this process; rank 0 alone has `folder`, `metrics` and `lookout`.
+
+    `heldout` is there where the run evaluates.
+    """
 
     config: Config
     world: World
@@ -48,11 +55,22 @@ class Run:
     progress: Progress
     folder: RunFolder | None
     metrics: Metrics | None
+    clock: RunClock
+    alerts: Alerts
+    lookout: Lookout | None
+    profiler: StepProfiler
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
-        do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
+        with self.clock.phase("save"):
+            do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
+        self.clock.saved()
+
+    def look_around(self) -> None:
+        """Tell of a disk that fills and of a checkpoint that is old."""
+        if self.lookout is not None:
+            self.lookout.look(self.alerts, self.progress.step)
 
     def tell_stop(self, reason: str) -> None:
         """Note that the run stops after this step because it was asked to: a line, a record, and the file STOPPED."""
@@ -60,11 +78,23 @@ class Run:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
 
+    def trace(self, is_wanted: bool) -> None:
+        """Count a step of a trace, say where it is when it is done, and begin one that `is_wanted`."""
+        path = self.profiler.step()
+        if path is not None and self.metrics is not None:
+            self.metrics.show(f"step {self.progress.step} | traced: {path}")
+        if is_wanted:
+            self.profiler.ask(self.progress.step)
+
     def close(self) -> None:
         """Stop the loader, finish the metrics and let the next process into the folder."""
-        self.loader.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        with self.clock.phase("close"):
+            self.loader.close()
+            self.profiler.close()
+            if self.metrics is not None:
+                self.metrics.close()
+            self.alerts.flush()
+        self.clock.close()
         if self.folder is not None:
             self.folder.close()
 
@@ -84,9 +114,14 @@ def build_run(config: Config, world: World) -> Run:
     mesh = build_mesh(config.parallel, world)
     data = do_together(lambda: open_data(config))
     folder = do_together(lambda: open_run_folder(config) if world.is_first else None)
+    clock = None
     try:
-        return fill_run(config, world, mesh, data, folder)
+        clock, alerts = do_together(lambda: open_sight(config, folder, world.began_s))
+        return fill_run(config, world, mesh, data, folder, clock, alerts)
     except BaseException:
+        if clock is not None:
+            alerts.flush()
+            clock.close()
         if folder is not None:
             folder.close()
         raise
@@ -98,6 +133,8 @@ def fill_run(
     mesh: Mesh,
     data: tuple[TokenRows, TokenDataset | None],
     folder: RunFolder | None,
+    clock: RunClock,
+    alerts: Alerts,
 ) -> Run:
     """The rest of `build_run`, between opening the folder and the first step. Collective."""
     rows, heldout = data
@@ -112,12 +149,15 @@ def fill_run(
     progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
+    updated_by = optimizer_facts(config, optimizers, mesh, world.device)
     record = {
+        "run": clock.run_id,
+        "start": clock.start,
         "layout": mesh.degrees | carved,
         "data": facts.data,
         "resumed_at": progress.step,
         "kernels": kernels,
-        "optimizer": optimizer_facts(config, optimizers, mesh, world.device),
+        "optimizer": updated_by,
     }
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
@@ -129,7 +169,16 @@ def fill_run(
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    return Run(config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics)
+    lookout = None
+    if folder is not None:
+        averaged = 4 * config.model.num_params() if decay else 0
+        size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
+        lookout = Lookout(config.alerts, folder.path, size)
+    profiler = StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device)
+    return Run(
+        config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics, clock,
+        alerts, lookout, profiler,
+    )  # fmt: skip
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:
@@ -161,7 +210,7 @@ def open_record(
     folder.stopped.unlink(missing_ok=True)
     shutil.copyfile(tokenizer, folder.path / "tokenizer.model")
     cut_metrics(folder.metrics, progress.step)
-    metrics = Metrics(config, folder.metrics)
+    metrics = Metrics(config, folder.metrics, facts["run"], facts["start"], progress.step)
     if progress.step < config.train.steps:
         metrics.start(progress.step, progress.tokens, facts["kernels"], facts["optimizer"])
     return metrics
@@ -192,6 +241,11 @@ def optimizer_facts(
         "state_bytes": int(whole),
         "state_bytes_per_parameter": int(whole) / config.model.num_params(),
     }
+
+
+def parameter_bytes(config: Config) -> int:
+    """Bytes of the whole model's parameters, in the dtypes they are kept in."""
+    return sum(parameter.nbytes for parameter in build_stage(config, None).parameters())
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -50,11 +50,13 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
     pace = Pace()
     try:
         with Control(run.folder.path if run.folder else None) as control:
+            run.clock.begin_training(progress.step, progress.tokens, steps)
             while progress.step < stop:
                 started = time.perf_counter()
                 loss_sum, targets, norm, skip = update(run)
                 skipped += skip
                 skipped_in_a_row = (skipped_in_a_row + skip) * skip
+                run.clock.step(progress.step, progress.tokens)
                 if watch:
                     watch.step(progress.step)
                 wish = control.agreed()
@@ -63,21 +65,26 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 log = due(progress.step, config.log.every_steps, steps)
                 save = due(progress.step, config.checkpoint.every_steps, stop) or Wish.SAVE in wish
                 if log or save:
-                    progress.skipped += int(skipped)  # waits for the device
+                    count_skipped(run, int(skipped))  # waits for the device
                     skipped.zero_()
                 pace.updates += 1
                 pace.tokens += targets
                 pace.seconds += time.perf_counter() - started
+                run.trace(Wish.PROFILE in wish)
                 if log:
                     report_step(run, loss_sum, targets, norm, pace)
                     pace = Pace()
                     check_finite(config, progress, int(skipped_in_a_row))
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
-                    report_heldout(run, run.heldout)
+                    with run.clock.phase("eval"):
+                        report_heldout(run, run.heldout)
                 if save:
                     run.save()
+                if log or save:
+                    run.look_around()
                 if wish.stops:
                     run.tell_stop(wish.reason)
+            run.clock.set_status("finished" if progress.step >= steps else "stopped")
     finally:
         run.close()
     return progress
@@ -104,6 +111,16 @@ def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
     progress.next_row += config.train.batch_rows
     progress.tokens += targets
     return loss_sum, targets, norm, skip
+
+
+def count_skipped(run: Run, updates: int) -> None:
+    """Note that of the updates since the last call so many were skipped."""
+    progress = run.progress
+    progress.skipped += updates
+    run.clock.count_skipped(updates)
+    if updates:
+        text = f"{updates} updates had a non-finite gradient and were skipped, {progress.skipped} since the run began"
+        run.alerts.send("nan", progress.step, text)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -115,7 +115,9 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
     for name, lr, commit in (("a", 0.1, "abc"), ("b", 0.2, "abc"), ("c", 0.1, "abd")):
         folder = make_run(tmp_path / name)
         (folder / "config.toml").write_text(f'[run]\nname = "{name}"\n[optimizer]\nlr = {lr}\n')
-        (folder / "manifest.json").write_text(json.dumps({"commit": commit, "resumed_at": len(name)}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"commit": commit, "resumed_at": ord(name), "run": name, "start": ord(name)})
+        )
     assert differences(tmp_path / "a", tmp_path / "a") == []
     assert differences(tmp_path / "a", tmp_path / "b") == ["config.optimizer.lr: 0.1 -> 0.2"]
     assert differences(tmp_path / "a", tmp_path / "c") == ['record.commit: "abc" -> "abd"']

@@ -1,5 +1,6 @@
 """What is asked of a run while it goes: stop, save, evaluate, by files and signals, agreed on by all ranks."""
 
+import gzip
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.parallel.mesh import World
-from headrace.pretrain.checkpoint import latest_checkpoint
+from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.control import Control
 from headrace.pretrain.run import checkpoints
@@ -85,3 +86,29 @@ def test_save_and_evaluate_now(gloo: Callable, tmp_path: Path, data: Path) -> No
     assert [record["step"] for record in records(config, "eval")] == [2, 6]
     assert [path.name for path in sorted(checkpoints(config).glob("step-*"))] == ["step-00000002", "step-00000006"]
     assert not (config.run.folder / "CHECKPOINT_NOW").exists()
+
+
+def test_profile(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """The next steps are traced on the first rank, once, and no bit of the run changes."""
+    names = ("log.profile_steps=2", "checkpoint.every_steps=0")
+    whole, config = (tiny_config(tmp_path, data, *names, f"run.name={name}") for name in ("whole", "traced"))
+    ask(config, "PROFILE")
+    assert gloo(2, run, whole) == gloo(2, run, config) == [6, 6]
+    folder = config.run.folder / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3.json.gz", "step-3.txt"]
+    trace = json.loads(gzip.decompress((folder / "step-3.json.gz").read_bytes()))
+    names_of = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step") for name in names_of) == 2  # torch's AdamW, once a step
+    assert "aten::" in (folder / "step-3.txt").read_text()
+    assert not (config.run.folder / "PROFILE").exists()
+    assert not (whole.run.folder / "profile").exists()
+    assert losses(config) == losses(whole)
+    expected, again = (load_full(latest_checkpoint(checkpoints(c))) for c in (whole, config))
+    assert all(again[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_run_that_ends_while_it_is_traced(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "log.profile_steps=99", "train.steps=3")
+    ask(config, "PROFILE")
+    assert gloo(1, run, config) == [3]
+    assert (config.run.folder / "profile" / "step-2.txt").exists()

@@ -1,0 +1,170 @@
+"""Checks of what a run reads and writes: the data, the run folder, its file system, and room for checkpoints."""
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ..data import TokenDataset, Tokenizer, check_tokenizer
+from ..errors import UserError
+from ..pretrain.config import Config
+from ..pretrain.run_folder import check_unchanged
+from .findings import Finding
+from .network import gather
+from .status import read_status
+
+# A network file system may show a new file to other machines some seconds late.
+VISIBLE_S = 10.0
+
+
+def check_data(config: Config) -> Finding:
+    """The prepared data by its manifest and the sizes of its files, and the tokenizer by its hash.
+
+    Raises:
+        UserError: something is missing or differs.
+    """
+    splits = ["train", "heldout"] if config.eval.every_steps else ["train"]
+    found = [TokenDataset(config.data.folder, split) for split in splits]
+    check_tokenizer(found[0], Tokenizer.load(found[0].tokenizer_path))
+    if found[0].vocab_size > config.model.vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {found[0].vocab_size}")
+    shards, tokens = sum(len(data.shards) for data in found), sum(data.num_tokens for data in found)
+    text = f"{config.data.folder}: {shards} shards of {' and '.join(splits)}, {tokens:,} tokens, all of the right size"
+    return Finding("data", "ok", f"{text}; fingerprint {found[0].fingerprint}", everywhere=True)
+
+
+def verify_data(config: Config, place: int, stride: int) -> Finding:
+    """The hash of every shard, shared out over the processes of a machine: this one takes every `stride`-th.
+
+    Raises:
+        UserError: a shard was changed.
+    """
+    splits = ["train", "heldout"] if config.eval.every_steps else ["train"]
+    found = [TokenDataset(config.data.folder, split) for split in splits]
+    for data in found:
+        data.verify(place, stride)
+    return Finding("hashes", "ok", f"all {sum(len(data.shards) for data in found)} shards are what the manifest says")
+
+
+def check_run_folder(config: Config) -> Finding:
+    """Whether the file system of the run folder keeps its promises, and what is in the folder lets the run go on.
+
+    Raises:
+        UserError: the folder holds another run.
+        OSError: it cannot be written to.
+    """
+    folder = config.run.folder
+    base = existing_parent(folder)
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=base) as name:
+        if fault := file_system_fault(Path(name)):
+            return Finding("run folder", "FAIL", f"{base}: {fault}; choose another run.root")
+    good = f"{base} is writable, renames in one step and locks"
+    if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
+        return Finding("run folder", "warn", f"{folder} may be written to by everyone; chmod o-w {folder}")
+    if not (folder / "config.toml").exists():
+        return Finding("run folder", "ok", f"{good}; {folder} is new")
+    check_unchanged(folder, config)
+    status = read_status(folder)
+    if status.state == "running":
+        return Finding("run folder", "warn", f"{good}; {folder} is running {status.detail}")
+    return Finding("run folder", "ok", f"{good}; {folder} goes on from {status.checkpoint or 'the beginning'}")
+
+
+def file_system_fault(folder: Path) -> str:
+    """What a file system does not do that a run needs, tried in an empty folder; empty where it does all."""
+    old, new = folder / "old", folder / "new"
+    for path, text in ((old, "old"), (new, "new")):
+        with path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    new.replace(old)
+    if old.read_text() != "new" or new.exists():
+        return "a file was not replaced by one that was renamed"
+    (folder / "aside").mkdir()
+    (folder / "aside" / "piece").touch()
+    (folder / "aside").rename(folder / "step")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if not (folder / "step" / "piece").exists():
+        return "a folder was not renamed with what is in it"
+    with old.open("a") as first, old.open("a") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return ""
+    return "a file that was locked could be locked again: two processes could use one run folder"
+
+
+def check_shared_folder(folder: Path, hosts: list[str]) -> list[Finding]:
+    """Whether all processes see the same file system and its locks, as checkpoints need; the same on all. Collective.
+
+    Nothing on one machine.
+    """
+    if len(set(hosts)) == 1:
+        return []
+    is_first, probe, lock, error = dist.get_rank() == 0, Path(), None, ""
+    try:
+        if is_first:
+            probe = existing_parent(folder) / f".preflight-{secrets.token_hex(6)}"
+            lock = probe.open("x")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as met:
+        error = f"{probe}: {met.strerror}"
+    probe, error = gather((probe, error))[0]
+    faults = [error] if error else gather("" if is_first else _fault_from_here(probe))
+    if lock is not None:
+        lock.close()
+        probe.unlink(missing_ok=True)
+    bad = {host: fault for host, fault in zip(hosts, faults, strict=False) if fault}
+    if bad:
+        words = "; ".join(f"{fault} ({host})" for host, fault in bad.items())
+        return [Finding("shared folder", "FAIL", f"{words}; run.root must be on a file system that all machines share")]
+    return [Finding("shared folder", "ok", f"all {len(set(hosts))} machines see {probe.parent} and its locks")]
+
+
+def _fault_from_here(probe: Path) -> str:
+    until = time.monotonic() + VISIBLE_S
+    while not probe.exists():
+        if time.monotonic() > until:
+            return f"{probe.parent} is not what the first process sees"
+        time.sleep(0.1)
+    try:
+        with probe.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return ""
+    except OSError as met:
+        return f"{probe.parent}: {met.strerror}"
+    return f"a lock in {probe.parent} is not seen here"
+
+
+def check_disk(config: Config, checkpoint_bytes: int) -> Finding:
+    """Whether there is room for all checkpoints that lie there at once: `checkpoint.keep_last`, and one in writing."""
+    wanted = config.checkpoint.keep_last + 1
+    there = sum(1 for _ in config.run.folder.glob("checkpoints/step-*"))
+    free = shutil.disk_usage(existing_parent(config.run.folder)).free
+    needed = max(1, wanted - there) * checkpoint_bytes
+    text = f"a checkpoint holds {checkpoint_bytes:,} bytes of tensors; {max(1, wanted - there)} more need {needed:,}, "
+    text += f"and {free:,} are free"
+    if needed > free:
+        return Finding("disk", "FAIL", f"{text}; make room, or lower checkpoint.keep_last={wanted - 1}")
+    return Finding("disk", "warn" if 2 * needed > free else "ok", text)
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder

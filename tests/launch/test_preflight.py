@@ -1,0 +1,249 @@
+"""`headrace preflight`: each check says ok where all is well, and FAIL where it is not."""
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from headrace.data import TokenDataset
+from headrace.errors import UserError
+from headrace.launch.findings import Finding, attempt, format_findings, join_findings
+from headrace.launch.machine import check_code_date, check_memory, check_port, check_versions
+from headrace.launch.network import check_clocks, check_network
+from headrace.launch.preflight import make_plan, preflight
+from headrace.launch.storage import (
+    check_data,
+    check_disk,
+    check_run_folder,
+    check_shared_folder,
+    file_system_fault,
+    verify_data,
+)
+from headrace.parallel.config import ParallelConfig
+from headrace.parallel.mesh import World
+from headrace.pretrain.checkpoint import load_full
+from headrace.pretrain.config import Config
+from headrace.pretrain.trainer import train
+from tiny import CONFIG, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def headrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "headrace", "preflight", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def write_config(folder: Path, data: Path) -> str:
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG.replace("[data]", f'root = "{folder}/runs"\n[data]\nfolder = "{data}"'))
+    return str(path)
+
+
+def test_all_is_well_on_two_processes(tmp_path: Path, data: Path) -> None:
+    done = headrace(write_config(tmp_path, data), "--nproc", "2", "--full", "parallel.tp=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line[6:].split("  ")[0]: line[:4].strip() for line in done.stdout.splitlines()}
+    ok = ("versions", "date", "config", "port", "clocks", "data", "hashes", "memory", "run folder", "disk")
+    assert {name: lines[name] for name in ok} == dict.fromkeys(ok, "ok")
+    assert lines["device"] == ("ok" if torch.cuda.is_available() else "warn")
+    assert "us, " in done.stdout.splitlines()[-1]
+    assert "GB/s" in done.stdout.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.toml"]
+
+
+def test_what_is_wrong_is_one_line_each_and_status_1(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(write_config(tmp_path, data))
+    assert preflight(config, ["data.folder=nowhere", "checkpoint.keep_last=999999999999"], full=True) == 1
+    printed = capsys.readouterr()
+    failed = [line for line in printed.out.splitlines() if line.startswith("FAIL")]
+    assert [line.split()[1] for line in failed] == ["data", "disk"]
+    assert "nowhere holds no prepared data" in failed[0]
+    assert "hashes" not in printed.out
+    assert printed.err == ""
+
+
+def test_a_bad_configuration_and_a_port_in_use(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(write_config(tmp_path, data))
+    assert preflight(config, ["parallel.tp=3", "train.steps=0"], full=False) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in lines if line.startswith("FAIL")] == ["FAIL  config"]
+    assert any("train.steps=0" in line for line in lines)
+    assert lines[-1].startswith("warn  not checked")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (environment | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        assert preflight(config, [], full=False) == 1
+    assert "set another" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    assert check_port().status == "ok"
+    monkeypatch.setenv("MASTER_PORT", "99999")
+    assert check_port().status == "FAIL"
+
+
+def test_findings_of_ranks_are_joined() -> None:
+    hosts = ["a", "a", "b"]
+    code = [Finding("versions", "ok", text, everywhere=True) for text in ("torch 1", "torch 1", "torch 2")]
+    room = [Finding("memory", "ok", f"{rank} GB") for rank in range(3)]
+    joined = join_findings(list(zip(code, room, strict=True)), hosts)
+    assert joined == [
+        Finding("versions", "FAIL", "not the same everywhere: torch 1 on ranks 0-1 (a); torch 2 on rank 2 (b)"),
+        Finding("memory", "ok", "0 GB"),
+    ]
+    bad = [[room[0]], [Finding("memory", "FAIL", "too little")], [Finding("memory", "FAIL", "too little")]]
+    assert join_findings(bad, hosts) == [Finding("memory", "FAIL", "too little (ranks 1 (a), 2 (b))")]
+    same = [[Finding("data", "FAIL", "gone", everywhere=True)]] * 3
+    assert join_findings(same, hosts) == [Finding("data", "FAIL", "gone")]
+    assert format_findings(joined).splitlines()[1] == "ok    memory    0 GB"
+    assert (
+        attempt("x", lambda: Path("/nowhere/at/all").read_text()).text == "/nowhere/at/all: No such file or directory"
+    )
+
+
+def test_the_date_of_the_code() -> None:
+    now = time.time()
+    assert check_code_date().status == "ok"
+    newest = next(t for t in range(0, 10**6, 3600) if check_code_date(now - t).status == "warn")
+    assert check_code_date(now - newest - 86400).status == "FAIL"
+    assert check_code_date(0.0).status == "FAIL"
+
+
+def test_versions_that_are_too_old() -> None:
+    assert check_versions().status == "ok"
+    with mock.patch("headrace.launch.machine.LEAST_TORCH", "99.0"):
+        assert "torch 99.0 or newer is needed" in check_versions().text
+
+
+def test_memory() -> None:
+    with mock.patch("headrace.launch.machine.available_memory", return_value=100 * 10**9):
+        assert [check_memory(CPU, gigabytes * 10**9, 2).status for gigabytes in (10, 45, 51)] == ["ok", "warn", "FAIL"]
+
+
+def test_data_that_was_changed(tmp_path: Path, data: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    config = tiny_config(tmp_path, copy)
+    assert check_data(config).status == "ok"
+    assert TokenDataset(copy).fingerprint in check_data(config).text
+    shard = next((copy / "train").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert check_data(config).status == "ok"  # quick: sizes alone
+    with pytest.raises(UserError, match="blake2b"):
+        verify_data(config, 0, 1)
+    assert verify_data(config, 1, 2).status == "ok"  # another's share
+    shard.write_bytes(content[:-512])
+    assert attempt("data", lambda: check_data(config)).status == "FAIL"
+
+
+def test_run_folders(tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    assert "is new" in check_run_folder(config).text
+    folder = config.run.folder
+    (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (folder / "config.toml").write_text(config.to_toml())
+    assert check_run_folder(config).status == "ok"
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is running" in check_run_folder(config).text
+    other = replace(config, optimizer=replace(config.optimizer, lr=0.5))
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        check_run_folder(other)
+    folder.chmod(0o777)
+    assert check_run_folder(config).status == "warn"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".preflight")] == []
+
+
+def test_a_file_system_that_does_not_lock(tmp_path: Path) -> None:
+    with mock.patch("headrace.launch.storage.fcntl.flock"):
+        assert "locked again" in file_system_fault(tmp_path)
+
+
+def run_to_end(config: Config) -> int:
+    return train(config, World(dist.get_rank(), dist.get_world_size(), CPU)).step
+
+
+def test_a_checkpoint_is_as_large_as_foretold(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """By the figures of a run that is played through: weights, moments and averages, counters of four bytes aside."""
+    path = tmp_path / "tiny.toml"
+    config = tiny_config(tmp_path, data, "train.average_decay=0.9", "train.steps=2")
+    path.write_text(config.to_toml())
+    plan, _ = make_plan(path, [], 0, 2)
+    assert plan is not None
+    gloo(1, run_to_end, config)
+    tensors = load_full(config.run.folder / "checkpoints" / "step-00000002")
+    assert plan.checkpoint_bytes == sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim)
+
+
+def test_disk(tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "checkpoint.keep_last=2")
+    usage = mock.Mock(return_value=mock.Mock(free=1000))
+    with mock.patch("headrace.launch.storage.shutil.disk_usage", usage):
+        assert [check_disk(config, size).status for size in (100, 200, 334)] == ["ok", "warn", "FAIL"]
+        (config.run.folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+        assert check_disk(config, 334).status == "warn"
+
+
+def look(folder: Path) -> list[Finding]:
+    """Checks between ranks, each of which claims a host of its own."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hosts = [f"node{number}" for number in range(size)]
+    found = check_clocks(hosts) + check_shared_folder(folder, hosts)
+    return found + check_network(ParallelConfig(tp=2), World(rank, size, CPU))
+
+
+def test_between_ranks(gloo: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    folder.parent.mkdir()
+    for found in gloo(4, look, folder):
+        assert [(f.check, f.status) for f in found] == [
+            (name, "ok") for name in ("clocks", "shared folder", "network dp_shard", "network tp")
+        ]
+    assert list(folder.parent.iterdir()) == []
+
+
+def look_apart(folder: Path) -> list[Finding]:
+    """The last rank's clock goes a minute and a half ahead, and what it sees of the folder's locks is nothing."""
+    hosts = [f"node{number}" for number in range(dist.get_world_size())]
+    is_last = dist.get_rank() == len(hosts) - 1
+    with mock.patch("headrace.launch.storage.fcntl.flock") if is_last else nullcontext():
+        return check_clocks(hosts, time.time() + 90.0 * is_last) + check_shared_folder(folder, hosts)
+
+
+def test_a_clock_and_a_folder_that_are_not_the_others(gloo: Callable, tmp_path: Path) -> None:
+    clocks, folder = gloo(3, look_apart, tmp_path / "a")[0]
+    assert clocks.status == folder.status == "FAIL"
+    assert clocks.text.startswith("those of rank 2 (node2) are ")
+    assert "is not seen here (node2)" in folder.text
+    assert list(tmp_path.iterdir()) == []
