@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint slurm-test clean
+.PHONY: help train test lint faults slurm-test clean
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -44,6 +44,10 @@ lint: .venv/test.done
 
 test: lint
 	$(BIN)/python -m pytest --durations=15
+
+# Everything that is done to runs on purpose, often; writes docs/faults.md.
+faults: .venv/test.done
+	HEADRACE_FAULTS=long HEADRACE_WRITE_DOCS=1 $(BIN)/python -m pytest -m fault
 
 # Real slurm, two nodes on this machine; as root, where Debian's packages can be installed.
 slurm-test: .venv/test.done

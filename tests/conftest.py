@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+import fault_table
 from gloo_pool import GlooPool
 
 # Triton reads this when it is imported: where there is no GPU, kernels are interpreted on the CPU.
@@ -49,3 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+        if fault := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", fault.args))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Shows the table of faults where those were asked for, and writes it where documents are to be written."""
+    if config.option.markexpr != "fault":
+        return
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    found = fault_table.table(report for report in reports if report.when == "call")
+    terminalreporter.write(f"\n{found}")
+    if os.environ.get("HEADRACE_WRITE_DOCS") == "1":
+        fault_table.write(found)
