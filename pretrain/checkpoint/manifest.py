@@ -44,7 +44,23 @@ class CheckpointError(UserError):
 
 
 class CheckpointDamagedError(CheckpointError):
-    """Something of a checkpoint is missing or is not what was written."""
+    """Something of a checkpoint is missing or is not what was written.
+
+    Args:
+        damage: where and what.
+        offer: what to go on from instead, where that is known.
+
+    Attributes:
+        damage: the same, without the offer.
+    """
+
+    def __init__(self, damage: str, offer: str = "") -> None:
+        super().__init__(f"{damage}; {offer}" if offer else damage)
+        self.damage = damage
+
+
+class CheckpointUnreadableError(CheckpointDamagedError):
+    """A file of a checkpoint is missing or cannot be read, on this machine at least."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +166,12 @@ def _read_whole(path: Path) -> bytes:
             return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_dir() and path.name.startswith("step-"):
-            raise CheckpointDamagedError(f"checkpoint {path}: {MANIFEST_NAME} is missing") from error
+            raise CheckpointUnreadableError(f"checkpoint {path}: {MANIFEST_NAME} is missing") from error
         inside = sorted(path.glob("step-*")) if path.is_dir() else []
         hint = f"; did you mean {inside[-1]}?" if inside else "; give a folder named step-NNNNNNNN"
         raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST_NAME}{hint}") from error
     except OSError as error:
-        raise CheckpointDamagedError(f"checkpoint {path}: cannot read {MANIFEST_NAME} ({_reason(error)})") from error
+        raise CheckpointUnreadableError(f"checkpoint {path}: cannot read {MANIFEST_NAME} ({_reason(error)})") from error
 
 
 def _reason(error: OSError) -> str:

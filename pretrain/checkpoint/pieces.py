@@ -1,5 +1,6 @@
 """Safetensors files of a checkpoint: written in one pass with a hash for each piece, every byte checked when read."""
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from .manifest import (
     DIGEST_BYTES,
     DTYPES,
     CheckpointDamagedError,
+    CheckpointUnreadableError,
     FileEntry,
     Manifest,
     Piece,
@@ -89,7 +91,7 @@ class PieceFile:
         try:
             self._descriptor = open_regular(folder / name)
         except FileNotFoundError as error:
-            raise CheckpointDamagedError(f"{self._where} is missing") from error
+            raise CheckpointUnreadableError(f"{self._where} is missing") from error
         except OSError as error:
             raise self._unreadable(error) from error
         try:
@@ -157,7 +159,9 @@ class PieceFile:
         return count
 
     def _unreadable(self, error: OSError) -> CheckpointDamagedError:
-        return CheckpointDamagedError(f"{self._where} cannot be read ({error.strerror or error})")
+        # A bad sector is one for every reader; anything else may be a matter of this machine.
+        kind = CheckpointDamagedError if error.errno == errno.EIO else CheckpointUnreadableError
+        return kind(f"{self._where} cannot be read ({error.strerror or error})")
 
 
 class PieceFiles:

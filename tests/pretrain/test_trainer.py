@@ -299,21 +299,6 @@ def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: 
     assert "has no heldout documents" in message
 
 
-def test_a_damaged_checkpoint_stops_all_ranks_and_the_one_before_is_offered(
-    gloo: Callable, tmp_path: Path, data: Path
-) -> None:
-    config = tiny_config(tmp_path, data)
-    gloo(2, run_to_end, config)
-    checkpoints = config.run.folder / "checkpoints"
-    (checkpoints / "step-00000006" / "rank-00001.safetensors").unlink()
-    messages = gloo(2, run_expecting_refusal, config)
-    assert len(set(messages)) == 1
-    assert "rank-00001.safetensors is missing" in messages[0]
-    assert f"previous good checkpoint is {checkpoints / 'step-00000004'}" in messages[0]
-    shutil.rmtree(checkpoints / "step-00000006")
-    assert gloo(2, run_to_end, config) == [6, 6]
-
-
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "tokenizer.model", ".config.toml.tmp", "checkpoints/.tmp-step-00000002"]
 )
