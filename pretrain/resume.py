@@ -22,7 +22,6 @@ from .checkpoint import (
     previous_whole,
     read_extra,
     read_rank_tensors,
-    save_checkpoint,
     set_aside,
 )
 from .optimizers import Optimizer
@@ -76,29 +75,27 @@ def training_tensors(
     return tensors
 
 
-def save_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, facts: Facts, keep_last: int
-) -> Path:
-    """Write the checkpoint of this step. Collective.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds beside tensors of all ranks, as it is when this is made.
 
-    Args:
-        folder: the run's `checkpoints/`.
-        tensors: from `training_tensors`.
-        progress: counters.
-        facts: what the run must still be to go on.
-        keep_last: older checkpoints beyond this number are removed.
+    Attributes:
+        step: updates done.
+        extra: counters, and what the run must still be to go on.
+        random_states: of this process.
     """
+
+    step: int
+    extra: dict[str, Any]
+    random_states: dict[str, torch.Tensor]
+
+
+def take_snapshot(progress: Progress, facts: Facts) -> Snapshot:
+    """The snapshot of this moment."""
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    return save_checkpoint(
-        folder,
-        progress.step,
-        dict(tensors),
-        extra={"progress": asdict(progress), **asdict(facts)},
-        rank_tensors=random_states,
-        keep_last=keep_last,
-    )
+    return Snapshot(progress.step, {"progress": asdict(progress), **asdict(facts)}, random_states)
 
 
 def resume_training(

@@ -28,8 +28,9 @@ from .config import Config
 from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
-from .resume import Facts, Progress, resume_training, save_training, training_tensors
+from .resume import Facts, Progress, resume_training, training_tensors
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
+from .saver import Saver
 
 
 @dataclass
@@ -48,11 +49,11 @@ class Run:
     progress: Progress
     folder: RunFolder | None
     metrics: Metrics | None
+    saver: Saver
 
-    def save(self) -> None:
-        """Write a checkpoint of this step. Collective."""
-        folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
-        do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
+    def save(self, must: bool) -> None:
+        """Save a checkpoint of this step; `must`: it is to be there afterwards (see `Saver.save`). Collective."""
+        self.saver.save(self.progress, must)
 
     def tell_stop(self, reason: str) -> None:
         """Note that the run stops after this step because it was asked to: a line, a record, and the file STOPPED."""
@@ -60,9 +61,10 @@ class Run:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
 
-    def close(self) -> None:
-        """Stop the loader, finish the metrics and let the next process into the folder."""
+    def close(self, error: BaseException | None) -> None:
+        """Stop the loader, finish saves and metrics and let the next process into the folder; `error` ends the run."""
         self.loader.close()
+        self.saver.close(error)
         if self.metrics is not None:
             self.metrics.close()
         if self.folder is not None:
@@ -129,7 +131,10 @@ def fill_run(
         start=progress.next_row,
         prefetch=config.data.prefetch,
     )
-    return Run(config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics)
+    saver = Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics)
+    return Run(
+        config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics, saver
+    )
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:

@@ -1,6 +1,7 @@
 """The training loop: the whole run is `train`, on one page."""
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if watch:
                     watch.step(progress.step)
                 wish = control.agreed()
+                run.saver.poll()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
@@ -75,11 +77,11 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
                     report_heldout(run, run.heldout)
                 if save:
-                    run.save()
+                    run.save(must=progress.step == stop or Wish.SAVE in wish)
                 if wish.stops:
                     run.tell_stop(wish.reason)
     finally:
-        run.close()
+        run.close(sys.exception())
     return progress
 
 

@@ -1,5 +1,6 @@
 """Checkpoint folders by step: naming, listing, making visible, removing."""
 
+import errno
 import logging
 import os
 import re
@@ -65,6 +66,15 @@ def prune(path: Path, keep_last: int) -> None:
             remove(old)
         except OSError as error:
             logger.warning("cannot remove the old checkpoint %s: %s", old, error.strerror or error)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises `OSError` where the disk of `folder` has no room for `num_bytes`."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < num_bytes:  # some network file systems tell nothing
+        need = f"{num_bytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {need}", str(folder))
 
 
 def remove(path: Path) -> None:

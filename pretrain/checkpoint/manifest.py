@@ -43,6 +43,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, or not loaded into what was asked for; one line says why and what to do."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A disk did not take a checkpoint: trying again may help."""
+
+
 class CheckpointDamagedError(CheckpointError):
     """Something of a checkpoint is missing or is not what was written.
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .folders import prune, publish, remove_stale, temporary_path
+from .folders import check_room, prune, publish, remove_stale, temporary_path
 from .manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -75,10 +75,18 @@ class _Report:
 
 
 class PiecePlanner(DefaultSavePlanner):
-    """DCP's save planner for a flat dictionary of tensors, without the empty shards of ranks that hold no rows."""
+    """DCP's save planner for a flat dictionary of tensors, without the empty shards of ranks that hold no rows.
 
-    def __init__(self) -> None:
+    The numbers come from `staged`, this rank's parts by name, where that is given.
+    """
+
+    def __init__(self, staged: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._staged = staged
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The numbers to be saved of the box at `index`."""
+        return super().lookup_object(index) if self._staged is None else self._staged[index.fqn]
 
     def create_local_plan(self) -> SavePlan:
         """This rank's boxes. Raises `ValueError` for what cannot be stored: no tensor, unknown dtype, clashing name."""
@@ -135,6 +143,8 @@ class PieceWriter(StorageWriter):
         json.dumps(self._extra, allow_nan=False)  # before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.path.parent)
+        # Found out ahead of time, a full disk is not full for everything else that writes to it meanwhile.
+        check_room(self.path.parent, sum(_num_bytes(item) for plan in plans for item in plan.items))
         self._temporary.mkdir()
         return plans
 
@@ -288,10 +298,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _piece(item: WriteItem, file: str, digests: Mapping[str, str]) -> Piece:
-    assert item.tensor_data is not None
     key, offsets, sizes = _key(item), tuple(_chunk(item).offsets), tuple(_chunk(item).sizes)
-    size = math.prod(sizes) * item.tensor_data.properties.dtype.itemsize
-    return Piece(file, key, offsets, sizes, size, digests[key])
+    return Piece(file, key, offsets, sizes, _num_bytes(item), digests[key])
 
 
 def _own_piece(name: str, tensor: torch.Tensor, file: str, digests: Mapping[str, str]) -> Piece:
@@ -322,6 +330,11 @@ def _check_storable(item: WriteItem) -> None:
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
+
+
+def _num_bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return math.prod(_chunk(item).sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:
