@@ -1,9 +1,14 @@
 """Checkpoints that are whole or not there: safetensors pieces under a hashed JSON manifest, loaded into any layout."""
 
-from .folders import check_whole, latest_checkpoint, list_checkpoints, previous_whole, set_aside
+from ..checkpoint_files.folders import check_whole, latest_checkpoint, list_checkpoints, previous_whole, set_aside
+from ..checkpoint_files.manifest import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointUnreadableError,
+    CheckpointWriteError,
+)
 from .host_copy import HostCopy
 from .load import load_checkpoint, load_full, read_extra, read_rank_tensors
-from .manifest import CheckpointDamagedError, CheckpointError, CheckpointUnreadableError, CheckpointWriteError
 from .save import save_checkpoint
 
 __all__ = [

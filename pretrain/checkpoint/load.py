@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from .folders import offering_previous
-from .manifest import CheckpointError, Manifest, read_manifest
-from .pieces import PieceFiles, load_tensor
+from ..checkpoint_files.folders import offering_previous
+from ..checkpoint_files.manifest import CheckpointError, Manifest, read_manifest
+from ..checkpoint_files.piece_file import PieceFiles
+from .pieces import dtype_of, load_tensor
 from .save import one_error, quiet_single_process
 from .storage import PieceReader, load_planner
 
@@ -92,8 +93,10 @@ def _matching_manifest(path: Path, tensors: Mapping[str, torch.Tensor]) -> Manif
                 f"checkpoint {path}: {name} was saved with shape {list(saved.shape)}, wanted {list(tensor.shape)}: "
                 "resume with the model it was saved from"
             )
-        if saved.dtype != tensor.dtype:
-            raise CheckpointError(f"checkpoint {path}: {name} was saved as {saved.dtype}, wanted {tensor.dtype}")
+        if dtype_of(saved.dtype) != tensor.dtype:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} was saved as {dtype_of(saved.dtype)}, wanted {tensor.dtype}"
+            )
     return manifest
 
 

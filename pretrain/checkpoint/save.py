@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .folders import latest_checkpoint, step_name, temporary_path
-from .manifest import CheckpointDamagedError, CheckpointError, CheckpointWriteError
+from ..checkpoint_files.folders import latest_checkpoint, step_name, temporary_path
+from ..checkpoint_files.manifest import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from .storage import PiecePlanner, PieceWriter
 
 

@@ -29,7 +29,7 @@ from headrace.pretrain.checkpoint import (
     save_checkpoint,
     storage,
 )
-from headrace.pretrain.checkpoint.manifest import digest
+from headrace.pretrain.checkpoint_files.manifest import digest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 

@@ -147,7 +147,7 @@ def test_the_last_one_is_never_given_up(gloo: Callable, tmp_path: Path, data: Pa
 
 def run_blind(config: Config) -> tuple[int, list[str]]:
     """Rank 1 does not see its file, which is there."""
-    import headrace.pretrain.checkpoint.pieces as pieces
+    import headrace.pretrain.checkpoint_files.piece_file as pieces
 
     original = pieces.open_regular
 

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from .manifest import CheckpointDamagedError, CheckpointError, read_manifest
-from .pieces import PieceFile
+from .piece_file import PieceFile
 
 logger = logging.getLogger(__name__)
 
