@@ -123,7 +123,7 @@ class Saver:
                 save that went on beside training.
         """
         started = time.perf_counter()
-        self._settle()
+        self.finish()
         job = Job(take_snapshot(progress, self._facts), waited_s=time.perf_counter() - started)
         if self._copy is not None and not must:
             self._copy.take()
@@ -161,20 +161,14 @@ class Saver:
                 return
         elif still:
             return
-        self._settle()
+        self.finish()
 
-    def close(self, error: BaseException | None) -> None:
-        """Let a save under way end: all of it, unless `error` is that of this process alone. Raises nothing new."""
-        if self._job is None or self._thread is None:
-            return
-        alone = error is not None and not (isinstance(error, UserError) and error.everywhere)
-        self._thread.join(CLOSE_S if alone else None)
-        if not self._thread.is_alive():
-            with suppress(Exception):  # is on record, and another error is on its way
-                self._report(self._job, must=False)
+    def finish(self) -> None:
+        """Wait until no save is under way, and report the one that was.
 
-    def _settle(self) -> None:
-        """Wait until no save is under way, and report the one that was."""
+        Raises:
+            UserError: it failed, once too often.
+        """
         if self._job is None or self._thread is None:
             return
         job, exchange = self._job, self._exchange
@@ -185,6 +179,18 @@ class Saver:
         if exchange is not None:
             _finish(exchange)
         self._report(job, must=False)
+
+    def close(self, error: BaseException | None) -> None:
+        """Let a save under way end: all of it, unless `error` is that of this process alone. Raises nothing new."""
+        if self._job is None or self._thread is None:
+            return
+        alone = error is not None and not (isinstance(error, UserError) and error.everywhere)
+        self._thread.join(CLOSE_S if alone else None)
+        job, done = self._job, not self._thread.is_alive()
+        self._job = self._thread = None
+        if done:
+            with suppress(Exception):  # is on record, and another error is on its way
+                self._report(job, must=False)
 
     def _write(self, job: Job, copy: HostCopy) -> None:
         """What the thread does."""

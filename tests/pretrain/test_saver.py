@@ -2,6 +2,9 @@
 
 import errno
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -238,6 +241,46 @@ def test_an_error_of_all_lets_a_save_under_way_end(gloo: Callable, tmp_path: Pat
     assert gloo(2, run_stopped_by_an_error, config) == ["enough"] * 2
     assert saved_steps(config) == [2]
     assert [save["step"] for save in records(config, "save")] == [2]
+
+
+KILLED_BESIDE_TRAINING = """
+import os, pathlib, signal, sys, threading
+import torch, torch.distributed as dist
+from headrace.parallel.mesh import World
+from headrace.pretrain.checkpoint import storage
+from headrace.pretrain.config import load_config
+from headrace.pretrain.trainer import train
+
+publish = storage.publish
+
+def killing(temporary, path):
+    if path.name == "step-00000004":
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(temporary, path)
+
+storage.publish = killing
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+train(load_config(pathlib.Path(sys.argv[1])), World(0, 1, torch.device("cpu")))
+"""
+
+
+def test_kill_9_beside_training(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """After everything is written and before the rename: the checkpoint before it is there, and the run goes on."""
+    config = tiny_config(tmp_path, data, "train.steps=8")
+    (tmp_path / "whole.toml").write_text(config.to_toml())
+    command = [sys.executable, "-c", KILLED_BESIDE_TRAINING, str(tmp_path / "whole.toml")]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = config.run.folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".tmp-step-00000004", "step-00000002"]
+    assert gloo(1, run, config) == [8]
+    whole = tiny_config(tmp_path, data, "train.steps=8", "run.name=whole")
+    assert gloo(1, run, whole) == [8]
+    name = "step-00000008/rank-00000.safetensors"
+    assert content(config)[name] == content(whole)[name]
+    assert not list(checkpoints.glob(".tmp*"))
 
 
 def run_with_little_memory(config: Config, file: Path) -> int | str:
