@@ -43,7 +43,7 @@ def verify_checkpoint(path: Path) -> Verified:
         try:
             opened = PieceFile(path, name, manifest.files[name])
         except CheckpointDamagedError as error:
-            damage.append(f"{error.damage}: {len(pieces)} of its pieces are lost")
+            damage.append(f"{error.damage}{_lost([piece.key for piece, _ in pieces])}")
             continue
         with opened, ThreadPoolExecutor(NUM_THREADS) as threads:
             found = threads.map(lambda entry, file=opened: _damage(file, *entry), pieces)
@@ -55,6 +55,13 @@ def verify_checkpoint(path: Path) -> Verified:
 def _pieces(manifest: Manifest) -> Iterator[tuple[Piece, str]]:
     for tensors in (manifest.tensors, *manifest.rank_tensors):
         yield from chain.from_iterable(((p, entry.dtype) for p in entry.pieces) for entry in tensors.values())
+
+
+def _lost(keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"; {keys[0]!r}{more} cannot be read"
 
 
 def _damage(file: PieceFile, piece: Piece, dtype: str) -> str | None:

@@ -47,7 +47,7 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert one.endswith(f"step-00000001: DAMAGED, {file} is not what was written (the hash of 'model.a' differs)")
     assert more == f"  and {file} is not what was written (the hash of 'rank.cpu' differs)"
     assert two.endswith("step-00000002: good, 4 tensors, 0.0 MB")
-    assert three.endswith(f"step-00000003: DAMAGED, {file} is missing: 4 of its pieces are lost")
+    assert three.endswith(f"step-00000003: DAMAGED, {file} is missing; 'model.a' and 3 more cannot be read")
     (run / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     assert main(["verify", str(run / "checkpoints" / "step-00000002")]) == 1
     assert capsys.readouterr().out.endswith("step-00000002: DAMAGED, manifest.json is missing\n")
