@@ -106,6 +106,11 @@ def _add_reading(subparsers) -> None:  # type: ignore[no-untyped-def]
     listing = _command(subparsers, "ls", commands.list_checkpoints, "list the checkpoints of a run")
     listing.add_argument("run_folder", metavar="run", help="a run folder")
 
+    verification = _command(
+        subparsers, "verify", commands.verify, "check every byte of checkpoints; the status is 1 if any is damaged"
+    )
+    verification.add_argument("source", metavar="run", help="a run folder, or one of its checkpoints")
+
     difference = _command(
         subparsers, "diff", commands.compare, "show in what two runs differ; the status is 1 if they do"
     )

@@ -150,6 +150,13 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     return 0
 
 
+def verify(options: argparse.Namespace) -> int:
+    """`headrace verify`: every hash of checkpoints; status 1 where something is damaged."""
+    from .verify import verify
+
+    return int(not verify(Path(options.source), say=lambda line: print(line, flush=True)))
+
+
 def compare(options: argparse.Namespace) -> int:
     """`headrace diff`: in what two runs differ; status 1 where they do, as of diff."""
     from .compare import differences

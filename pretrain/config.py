@@ -137,15 +137,25 @@ class CheckpointConfig:
         keep_last: how many stay.
         fresh_optimizer: whether a run goes on from a checkpoint that another optimizer saved, with the weights and the
             place in the data, and begins the optimizer's state anew. Where the optimizer is the same this does nothing.
+        asynchronous: whether training goes on while a periodic checkpoint is written, from a copy in host memory.
+        retries: how often a save that the disk did not take is tried again, after 1, 2, 4, ... seconds.
+        failures_limit: periodic saves in a row that may fail so, the last of which ends the run.
     """
 
     every_steps: int = 0
     keep_last: int = 2
     fresh_optimizer: bool = False
+    asynchronous: bool = True
+    retries: int = 3
+    failures_limit: int = 3
 
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
+        if self.retries < 0:
+            found.append(f"checkpoint.retries={self.retries} must not be negative")
+        if self.failures_limit < 1:
+            found.append(f"checkpoint.failures_limit={self.failures_limit} must be at least 1")
         if self.every_steps < 0:
             found.append(f"checkpoint.every_steps={self.every_steps} must not be negative")
         if self.keep_last < 1:

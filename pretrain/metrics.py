@@ -31,6 +31,7 @@ class Metrics:
         self.tensorboard = TensorBoard(config.run.folder, step) if config.log.tensorboard else None
         self.file = path.open("ab", buffering=0)
         self.wandb = _start_wandb(config, run_id or config.run.name) if config.log.wandb != "off" else None
+        self.last_step = 0
 
     def start(self, step: int, tokens: int, kernels: str, optimizer: dict[str, Any]) -> None:
         """The run starts, or goes on, after `step`, with operators computed by `kernels` and this `optimizer`."""
@@ -61,6 +62,23 @@ class Metrics:
         self.show(f"step {record['step']} | held out: {record['bits_per_byte']:.4f} bits per byte")
         self._write({"kind": "eval", **record})
 
+    def save(self, record: dict[str, Any]) -> None:
+        """A checkpoint was saved (see docs/metrics.md)."""
+        self._write({"kind": "save", **record})
+
+    def save_failed(self, record: dict[str, Any]) -> None:
+        """A try to save a checkpoint failed, and whether another follows."""
+        then = f"tried again in {record['wait_s']:g} s" if record["wait_s"] is not None else "given up"
+        self.show(f"step {record['step']} | try {record['attempt']} to save failed: {record['reason']}; {then}")
+        self._write({"kind": "save_failed", **record})
+
+    def unsaved(self, step: int, failures: int, limit: int) -> None:
+        """The checkpoint of `step` was given up, and training goes on."""
+        self.show(
+            f"step {step} | WARNING: NO CHECKPOINT WAS SAVED, {failures} time{'s' * (failures > 1)} in a row; training "
+            f"goes on, and ends if it comes to {limit} (checkpoint.failures_limit): make room, or see to the disk"
+        )
+
     def stop(self, step: int, reason: str) -> None:
         """The run stops after `step` because it was asked to."""
         self.show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")
@@ -85,7 +103,9 @@ class Metrics:
         except OSError as error:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
-            self.wandb.log(_scalars(record), step=record["step"])
+            # A save is on record under its own step when it is done; wandb's steps never go back.
+            self.last_step = max(self.last_step, record["step"])
+            self.wandb.log(_scalars(record), step=self.last_step)
         if self.tensorboard is not None:
             self.tensorboard.write(_scalars(record), record["step"])
 

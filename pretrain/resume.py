@@ -1,17 +1,34 @@
 """What a checkpoint holds beside tensors, and how a run goes on from one."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.comm import do_together
 from .average import WeightAverage
-from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_rank_tensors, save_checkpoint
+from .checkpoint import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointUnreadableError,
+    check_whole,
+    latest_checkpoint,
+    load_checkpoint,
+    previous_whole,
+    read_extra,
+    read_rank_tensors,
+    set_aside,
+)
 from .optimizers import Optimizer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optim."
 
@@ -58,50 +75,76 @@ def training_tensors(
     return tensors
 
 
-def save_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, facts: Facts, keep_last: int
-) -> Path:
-    """Write the checkpoint of this step. Collective.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds beside tensors of all ranks, as it is when this is made.
 
-    Args:
-        folder: the run's `checkpoints/`.
-        tensors: from `training_tensors`.
-        progress: counters.
-        facts: what the run must still be to go on.
-        keep_last: older checkpoints beyond this number are removed.
+    Attributes:
+        step: updates done.
+        extra: counters, and what the run must still be to go on.
+        random_states: of this process.
     """
+
+    step: int
+    extra: dict[str, Any]
+    random_states: dict[str, torch.Tensor]
+
+
+def take_snapshot(progress: Progress, facts: Facts) -> Snapshot:
+    """The snapshot of this moment."""
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    return save_checkpoint(
-        folder,
-        progress.step,
-        dict(tensors),
-        extra={"progress": asdict(progress), **asdict(facts)},
-        rank_tensors=random_states,
-        keep_last=keep_last,
-    )
+    return Snapshot(progress.step, {"progress": asdict(progress), **asdict(facts)}, random_states)
 
 
 def resume_training(
     folder: Path, tensors: Mapping[str, torch.Tensor], facts: Facts, rank: int, fresh_optimizer: bool = False
 ) -> Progress | None:
-    """Load the newest checkpoint in `folder` into `tensors`; None when there is none. Collective.
+    """Load the newest whole checkpoint in `folder` into `tensors`; None when there is none. Collective.
 
-    With `fresh_optimizer`, state that another optimizer saved is left where it is.
-
-    On as many ranks as saved it, random states are restored too and training continues bit for bit.
+    A damaged one is set aside under another name, with a warning, and the one before it is taken; rank 0 looks and
+    renames. With `fresh_optimizer`, state that another optimizer saved is left where it is. On as many ranks as saved
+    it, random states are restored too and training continues bit for bit.
 
     Raises:
-        UserError: as `find_matching`, or a piece of the checkpoint is damaged; the same on every process.
+        UserError: as `read_matching`, or no whole checkpoint is left; the same on every process.
     """
-    found = do_together(lambda: find_matching(folder, facts, fresh_optimizer))
-    if found is None:
-        return None
-    checkpoint, progress, same_optimizer = found
-    wanted = {name: tensor for name, tensor in tensors.items() if same_optimizer or not name.startswith(OPTIMIZER)}
-    do_together(lambda: load_checkpoint(checkpoint, wanted))
-    random_states = do_together(lambda: read_rank_tensors(checkpoint, rank))
+    filled: set[str] = set()
+    while (checkpoint := _first_says(lambda: latest_checkpoint(folder), rank)) is not None:
+        try:
+            return _go_on_from(checkpoint, tensors, facts, rank, fresh_optimizer, filled)
+        except CheckpointDamagedError as damaged:
+            _fall_back(checkpoint, damaged, rank)
+    return None
+
+
+def _go_on_from(
+    checkpoint: Path,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Facts,
+    rank: int,
+    fresh_optimizer: bool,
+    filled: set[str],
+) -> Progress:
+    """Load `checkpoint`. Collective. `filled`, which grows, are tensors in which a damaged one may have left values.
+
+    Raises:
+        CheckpointDamagedError: on every process.
+        UserError: as `resume_training`.
+    """
+    _agree_on_damage(lambda: check_whole(checkpoint) if rank == 0 else None)
+    progress, same_optimizer = _agree_on_damage(lambda: read_matching(checkpoint, facts, fresh_optimizer))
+    wanted = {name: x for name, x in tensors.items() if same_optimizer or not name.startswith(OPTIMIZER)}
+    if filled - wanted.keys():
+        raise UserError(
+            f"{checkpoint} was saved by another optimizer than the damaged checkpoint after it, which is set aside by "
+            "now; start the run again to go on from it",
+            everywhere=True,
+        )
+    filled.update(wanted)
+    _agree_on_damage(lambda: load_checkpoint(checkpoint, wanted, offer=False))
+    random_states = _agree_on_damage(lambda: read_rank_tensors(checkpoint, rank, offer=False))
     if random_states:
         torch.set_rng_state(random_states["cpu"])
         if torch.cuda.is_available() and "cuda" in random_states:
@@ -109,17 +152,14 @@ def resume_training(
     return progress
 
 
-def find_matching(folder: Path, facts: Facts, fresh_optimizer: bool) -> tuple[Path, Progress, bool] | None:
-    """The newest checkpoint in `folder`, how far it had come, and whether the optimizer's state fits; None without any.
+def read_matching(checkpoint: Path, facts: Facts, fresh_optimizer: bool) -> tuple[Progress, bool]:
+    """How far `checkpoint` had come, and whether the optimizer's state in it fits.
 
     Raises:
         UserError: it was trained on other data, another tokenizer, seed or batch, its manifest is damaged, or another
             optimizer saved it and `fresh_optimizer` is not set.
     """
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        return None
-    extra = read_extra(checkpoint)
+    extra = read_extra(checkpoint, offer=False)
     if changed := _changed(extra["data"], facts.data):
         raise UserError(
             f"checkpoint {checkpoint} was trained on another data order ({changed}); "
@@ -132,7 +172,69 @@ def find_matching(folder: Path, facts: Facts, fresh_optimizer: bool) -> tuple[Pa
             f"checkpoint {checkpoint} holds the state of another optimizer ({changed}); restore what changed, or go on "
             "with its weights and a new state: checkpoint.fresh_optimizer=true"
         )
-    return checkpoint, Progress(**extra["progress"]), not changed
+    return Progress(**extra["progress"]), not changed
+
+
+def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, rank: int) -> None:
+    """Set `checkpoint` aside, where an older one is whole. Collective."""
+
+    def act() -> None:
+        if isinstance(damaged, CheckpointUnreadableError) and _is_whole(checkpoint):
+            raise UserError(
+                f"{damaged.damage} on another rank, but is there on rank 0; let all machines read the folder"
+            )
+        good = previous_whole(checkpoint)
+        if good is None:
+            raise UserError(
+                f"{damaged.damage}; there is no older good checkpoint beside it: restore one, "
+                "or choose another run.name to start over"
+            )
+        aside = set_aside(checkpoint)
+        logger.warning("%s; it is kept as %s, and the run goes on from %s", damaged.damage, aside.name, good)
+
+    _first_says(act, rank)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        check_whole(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _first_says(action: Callable[[], T], rank: int) -> T:
+    """What `action` returns on rank 0, or the error it met, on every process. Collective."""
+    said = [do_together(lambda: action() if rank == 0 else None)]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]  # type: ignore[return-value]
+
+
+def _agree_on_damage(action: Callable[[], T]) -> T:
+    """`action()` on every process; damage that any of them found is raised on all. Collective, as `do_together`.
+
+    Raises:
+        CheckpointDamagedError: some found damage, and none anything else; the lowest rank's words, with those that
+            another machine may contradict last.
+        UserError: any met something else.
+    """
+    damaged: CheckpointDamagedError | None = None
+
+    def attempt() -> T | None:
+        nonlocal damaged
+        try:
+            return action()
+        except CheckpointDamagedError as error:
+            damaged = error
+        return None
+
+    result = do_together(attempt)
+    everyone: list[CheckpointDamagedError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, damaged)
+    found = sorted((e for e in everyone if e is not None), key=lambda e: isinstance(e, CheckpointUnreadableError))
+    if found:
+        raise found[0]
+    return result  # type: ignore[return-value]
 
 
 def _changed(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

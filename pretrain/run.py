@@ -30,9 +30,10 @@ from .engine import Engine
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .profile import StepProfiler
-from .resume import Facts, Progress, resume_training, save_training, training_tensors
+from .resume import Facts, Progress, resume_training, training_tensors
 from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
+from .saver import Saver
 from .sight import Lookout, open_sight
 
 
@@ -59,12 +60,12 @@ class Run:
     alerts: Alerts
     lookout: Lookout | None
     profiler: StepProfiler
+    saver: Saver
 
-    def save(self) -> None:
-        """Write a checkpoint of this step. Collective."""
-        folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
+    def save(self, must: bool) -> None:
+        """Save a checkpoint of this step; `must`: it is to be there afterwards (see `Saver.save`). Collective."""
         with self.clock.phase("save"):
-            do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
+            self.saver.save(self.progress, must)
         self.clock.saved()
 
     def look_around(self) -> None:
@@ -86,10 +87,11 @@ class Run:
         if is_wanted:
             self.profiler.ask(self.progress.step)
 
-    def close(self) -> None:
-        """Stop the loader, finish the metrics and let the next process into the folder."""
+    def close(self, error: BaseException | None) -> None:
+        """Stop the loader, finish saves and metrics and let the next process into the folder; `error` ends the run."""
         with self.clock.phase("close"):
             self.loader.close()
+            self.saver.close(error)
             self.profiler.close()
             if self.metrics is not None:
                 self.metrics.close()
@@ -175,9 +177,10 @@ def fill_run(
         size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
         lookout = Lookout(config.alerts, folder.path, size)
     profiler = StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device)
+    saver = Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts)
     return Run(
         config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics, clock,
-        alerts, lookout, profiler,
+        alerts, lookout, profiler, saver,
     )  # fmt: skip
 
 

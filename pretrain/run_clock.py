@@ -91,7 +91,7 @@ class RunClock:
             self._point["skipped_s"] += (self._counted[1] - seconds) * updates / max(1, steps)
 
     def saved(self) -> None:
-        """A checkpoint of the last step is on the disk."""
+        """A checkpoint of the last step is on the disk, or on its way there."""
         self._write("save")
 
     def tell(self, kind: str, facts: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: the whole run is `train`, on one page."""
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if watch:
                     watch.step(progress.step)
                 wish = control.agreed()
+                run.saver.poll()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
@@ -79,14 +81,14 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                     with run.clock.phase("eval"):
                         report_heldout(run, run.heldout)
                 if save:
-                    run.save()
+                    run.save(must=progress.step == stop or Wish.SAVE in wish)
                 if log or save:
                     run.look_around()
                 if wish.stops:
                     run.tell_stop(wish.reason)
             run.clock.set_status("finished" if progress.step >= steps else "stopped")
     finally:
-        run.close()
+        run.close(sys.exception())
     return progress
 
 

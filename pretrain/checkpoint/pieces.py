@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: written in one pass with a hash for each piece, every byte checked when read."""
+"""Tensors to and from safetensors files: written in one pass with a hash for each piece, each checked when read."""
 
 import json
 import math
@@ -8,27 +8,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from .manifest import (
-    DIGEST_BYTES,
-    DTYPES,
-    CheckpointDamagedError,
-    FileEntry,
-    Manifest,
-    Piece,
-    digest,
-    open_regular,
-)
+from ..checkpoint_files.manifest import DTYPES, FileEntry, Piece, TensorEntry, digest
+from ..checkpoint_files.piece_file import NUM_THREADS, PieceFile, PieceFiles
 
-# blake2b takes 0.4 GB/s on one core and releases the interpreter lock: a few threads keep up with a fast disk.
-NUM_THREADS = min(4, os.cpu_count() or 1)
-_READ_BYTES = 8 << 20
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name of a dtype, as a manifest has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that `dtype_name` names."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -76,127 +74,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-class PieceFile:
-    """A safetensors file of a checkpoint, opened for reading: size and header are checked at once, pieces when read.
-
-    Use it as a context manager. `read` may be called from several threads. Raises `CheckpointDamagedError`, one line
-    that names the file and what differs.
-    """
-
-    def __init__(self, folder: Path, name: str, entry: FileEntry) -> None:
-        self._where = f"checkpoint {folder}: {name}"
-        self._entry = entry
-        try:
-            self._descriptor = open_regular(folder / name)
-        except FileNotFoundError as error:
-            raise CheckpointDamagedError(f"{self._where} is missing") from error
-        except OSError as error:
-            raise self._unreadable(error) from error
-        try:
-            size = os.fstat(self._descriptor).st_size
-            if size != entry.bytes:
-                raise CheckpointDamagedError(f"{self._where} has {size} bytes, {entry.bytes} were written")
-            self._spans = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._descriptor)
-
-    def read(self, piece: Piece, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor of `piece`, hash checked; read into `out` (of its sizes, contiguous, on the CPU) if given."""
-        begin = self._begin(piece, dtype)
-        tensor = torch.empty(piece.sizes, dtype=dtype) if out is None else out
-        sums = blake2b(digest_size=DIGEST_BYTES)
-        data, done = as_bytes(tensor), 0
-        while done < len(data):
-            count = self._pread(data[done : done + _READ_BYTES], begin + done)
-            sums.update(data[done : done + count])
-            done += count
-        if sums.hexdigest() != piece.blake2b:
-            raise CheckpointDamagedError(f"{self._where} is not what was written (the hash of {piece.key!r} differs)")
-        return tensor
-
-    def _begin(self, piece: Piece, dtype: torch.dtype) -> int:
-        """Where the piece starts in the file, once the header and the manifest are known to agree on it."""
-        kind, shape, begin, end = self._spans.get(piece.key, (None, None, 0, 0))
-        if (kind, shape, end - begin) != (DTYPES[dtype], piece.sizes, piece.bytes):
-            raise CheckpointDamagedError(f"{self._where}: the manifest and the header differ about {piece.key!r}")
-        return begin
-
-    def _read_header(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-        """(dtype, shape, begin, end) by key, in bytes of the file."""
-        header = bytearray(self._entry.header_bytes)
-        done = 0
-        while done < len(header):
-            done += self._pread(memoryview(header)[done:], done)
-        if digest(memoryview(header)) != self._entry.header_blake2b:
-            raise CheckpointDamagedError(f"{self._where} is not what was written (the hash of its header differs)")
-        try:
-            return _spans_of(bytes(header), self._entry)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointDamagedError(f"{self._where} has a malformed header ({error})") from error
-
-    def _pread(self, target: memoryview, offset: int) -> int:
-        try:
-            count = os.preadv(self._descriptor, [target], offset)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        if count == 0:
-            raise CheckpointDamagedError(f"{self._where} ends before byte {offset}")
-        return count
-
-    def _unreadable(self, error: OSError) -> CheckpointDamagedError:
-        return CheckpointDamagedError(f"{self._where} cannot be read ({error.strerror or error})")
-
-
-class PieceFiles:
-    """The files of one checkpoint, each opened once, when first asked for. A context manager."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._open: dict[str, PieceFile] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def __getitem__(self, name: str) -> PieceFile:
-        if name not in self._open:
-            self._open[name] = PieceFile(self._folder, name, self._manifest.files[name])
-        return self._open[name]
-
-
 def _write(descriptor: int, data: memoryview) -> None:
     """Writes all of `data`: the system takes at most 2 GiB a call, and less when it likes."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])
-
-
-def drop_from_cache(path: Path) -> None:
-    """Lets the system forget what it holds of a synchronised file, so that the next read comes from the disk."""
-    descriptor = open_regular(path)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def _header(sources: list[Source]) -> tuple[bytes, int]:
@@ -205,33 +87,31 @@ def _header(sources: list[Source]) -> tuple[bytes, int]:
     end = 0
     for source in sources:
         begin, end = end, end + math.prod(source.shape) * source.dtype.itemsize
-        entries[source.key] = {"dtype": DTYPES[source.dtype], "shape": source.shape, "data_offsets": [begin, end]}
+        entries[source.key] = {
+            "dtype": DTYPES[dtype_name(source.dtype)][0],
+            "shape": source.shape,
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, end
 
 
-def _spans_of(header: bytes, entry: FileEntry) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    (length,) = struct.unpack_from("<Q", header)
-    if length + 8 != len(header):
-        raise ValueError(f"its length is {length}, not {len(header) - 8}")
-    spans = {}
-    for key, value in json.loads(header[8:]).items():
-        begin, end = value["data_offsets"]
-        if not 0 <= begin <= end <= entry.bytes - len(header):
-            raise ValueError(f"{key!r} lies at {begin}:{end}")
-        spans[key] = (value["dtype"], tuple(value["shape"]), len(header) + begin, len(header) + end)
-    return spans
+def read_piece(file: PieceFile, piece: Piece, dtype: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor of `piece`, hash checked; read into `out` (of its sizes, contiguous, on the CPU) if given."""
+    tensor = torch.empty(piece.sizes, dtype=dtype_of(dtype)) if out is None else out
+    file.read(piece, dtype, as_bytes(tensor))
+    return tensor
 
 
-def load_tensor(files: PieceFiles, name: str, tensors: Mapping[str, Any]) -> torch.Tensor:
+def load_tensor(files: PieceFiles, name: str, tensors: Mapping[str, TensorEntry]) -> torch.Tensor:
     """The whole tensor `name` on the CPU, put together from its pieces, every one checked."""
     entry = tensors[name]
     if len(entry.pieces) == 1:
-        return files[entry.pieces[0].file].read(entry.pieces[0], entry.dtype)
-    whole = torch.empty(entry.shape, dtype=entry.dtype)
+        return read_piece(files[entry.pieces[0].file], entry.pieces[0], entry.dtype)
+    whole = torch.empty(entry.shape, dtype=dtype_of(entry.dtype))
     for piece in entry.pieces:
-        part = files[piece.file].read(piece, entry.dtype)
+        part = read_piece(files[piece.file], piece, entry.dtype)
         narrow(whole, piece.offsets, piece.sizes).copy_(part)
     return whole
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .folders import latest_checkpoint, step_name, temporary_path
-from .manifest import CheckpointError
+from ..checkpoint_files.folders import latest_checkpoint, step_name, temporary_path
+from ..checkpoint_files.manifest import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from .storage import PiecePlanner, PieceWriter
 
 
@@ -26,6 +26,8 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
     keep_last: int | None = None,
+    staged: Mapping[str, torch.Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Saves a checkpoint of `step` as `folder/step-NNNNNNNN` and returns its path. Collective over the default group.
 
@@ -35,8 +37,12 @@ def save_checkpoint(
     `keep_last` (at least 1), older checkpoints beyond that many are removed after the new one has been read back from
     the disk and verified. Works in one process without a process group.
 
-    Raises `CheckpointError`, the same on every rank, when any rank cannot write (disk full): then nothing of the save
-    remains and the earlier checkpoints are untouched. Raises `ValueError` or `TypeError` for what cannot be stored.
+    A save that goes on beside training needs `staged`, this rank's part of every tensor by name, whose numbers are
+    saved in place of those in `tensors`; and `group`, all ranks in a gloo group that nobody else uses.
+
+    Raises `CheckpointError`, the same on every rank, when any rank cannot write: then nothing of the save remains and
+    the earlier checkpoints are untouched. It is a `CheckpointWriteError` where the disk is to blame (full, failing, or
+    what was written reads back wrong). Raises `ValueError` or `TypeError` for what cannot be stored.
     """
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last={keep_last}; it must be at least 1")
@@ -44,24 +50,32 @@ def save_checkpoint(
     rank = dist.get_rank() if dist.is_initialized() else 0
     writer = PieceWriter(path, step, extra=extra, rank_tensors=rank_tensors or {}, rank=rank, keep_last=keep_last)
     try:
-        with one_error(f"checkpoint {path} was not saved"), quiet_single_process():
-            dcp.save(dict(tensors), storage_writer=writer, planner=PiecePlanner())
+        with one_error(f"checkpoint {path} was not saved", CheckpointWriteError), quiet_single_process():
+            dcp.save(dict(tensors), storage_writer=writer, planner=PiecePlanner(staged), process_group=group)
     except BaseException as error:
         if rank == 0:
             shutil.rmtree(temporary_path(path), ignore_errors=True)
         if isinstance(error, CheckpointError):
-            last = latest_checkpoint(folder)
-            state = f"the last checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise CheckpointError(f"{error}; {state}") from error
+            of_disk = isinstance(error, CheckpointWriteError | CheckpointDamagedError)
+            kind = CheckpointWriteError if of_disk else CheckpointError
+            raise kind(f"{error}; {_what_is_left(Path(folder))}") from error
         raise
     return path
 
 
+def _what_is_left(folder: Path) -> str:
+    try:
+        last = latest_checkpoint(folder)
+    except OSError:  # of the disk that has just failed
+        return f"what is in {folder} cannot be seen"
+    return f"the last checkpoint is {last}" if last else "there is no earlier checkpoint"
+
+
 @contextmanager
-def one_error(what: str) -> Iterator[None]:
+def one_error(what: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
     """Turns DCP's bundle of all ranks' failures into the first one: the same exception on every rank.
 
-    An `OSError` becomes a `CheckpointError` that begins with `what`.
+    An `OSError` becomes a `kind` that begins with `what`.
     """
     try:
         yield
@@ -69,13 +83,16 @@ def one_error(what: str) -> Iterator[None]:
         rank, (error, _) = min(bundle.failures.items(), key=lambda failure: failure[0])
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
-            raise CheckpointError(f"{what}: {reason} (rank {rank}, {error.filename or 'while writing'})") from bundle
+            raise kind(f"{what}: {reason} (rank {rank}, {error.filename or 'while writing'})") from bundle
         raise error from bundle
 
 
 @contextmanager
 def quiet_single_process() -> Iterator[None]:
     """Silences DCP's warning that there is no process group: that is a supported way to run."""
+    if dist.is_initialized():  # filters belong to all threads
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .folders import prune, publish, remove_stale, temporary_path
-from .manifest import (
+from ..checkpoint_files.folders import check_room, prune, publish, remove_stale, temporary_path
+from ..checkpoint_files.manifest import (
     DTYPES,
     MANIFEST_NAME,
     CheckpointError,
@@ -49,15 +49,8 @@ from .manifest import (
     manifest_bytes,
     read_manifest,
 )
-from .pieces import (
-    NUM_THREADS,
-    PieceFile,
-    PieceFiles,
-    Source,
-    drop_from_cache,
-    narrow,
-    write_pieces,
-)
+from ..checkpoint_files.piece_file import NUM_THREADS, PieceFile, PieceFiles, drop_from_cache
+from .pieces import Source, dtype_name, dtype_of, narrow, read_piece, write_pieces
 
 # Separates a tensor's name from the offsets of a piece in the keys of a safetensors file.
 _AT = "@"
@@ -75,10 +68,18 @@ class _Report:
 
 
 class PiecePlanner(DefaultSavePlanner):
-    """DCP's save planner for a flat dictionary of tensors, without the empty shards of ranks that hold no rows."""
+    """DCP's save planner for a flat dictionary of tensors, without the empty shards of ranks that hold no rows.
 
-    def __init__(self) -> None:
+    The numbers come from `staged`, this rank's parts by name, where that is given.
+    """
+
+    def __init__(self, staged: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._staged = staged
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The numbers to be saved of the box at `index`."""
+        return super().lookup_object(index) if self._staged is None else self._staged[index.fqn]
 
     def create_local_plan(self) -> SavePlan:
         """This rank's boxes. Raises `ValueError` for what cannot be stored: no tensor, unknown dtype, clashing name."""
@@ -135,6 +136,8 @@ class PieceWriter(StorageWriter):
         json.dumps(self._extra, allow_nan=False)  # before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.path.parent)
+        # Found out ahead of time, a full disk is not full for everything else that writes to it meanwhile.
+        check_room(self.path.parent, sum(_num_bytes(item) for plan in plans for item in plan.items))
         self._temporary.mkdir()
         return plans
 
@@ -150,11 +153,11 @@ class PieceWriter(StorageWriter):
         for item in plan.items:
             pieces.setdefault(item.index.fqn, []).append(_piece(item, file, digests))
         own = {
-            name: TensorEntry(tensor.dtype, tuple(tensor.shape), (_own_piece(name, tensor, file, digests),))
+            name: TensorEntry(dtype_name(tensor.dtype), tuple(tensor.shape), (_own_piece(name, tensor, file, digests),))
             for name, tensor in self._rank_tensors.items()
         }
         if self._keep_last is not None:
-            dtypes = {source.key: source.dtype for source in sources}
+            dtypes = {source.key: dtype_name(source.dtype) for source in sources}
             written = [*chain.from_iterable(pieces.values()), *chain.from_iterable(e.pieces for e in own.values())]
             self._verify(file, entry, [(piece, dtypes[piece.key]) for piece in written])
         future: Future[list[WriteResult]] = Future()
@@ -190,11 +193,11 @@ class PieceWriter(StorageWriter):
         """False: DCP never picks this storage by itself."""
         return False
 
-    def _verify(self, file: str, entry: FileEntry, pieces: list[tuple[Piece, torch.dtype]]) -> None:
+    def _verify(self, file: str, entry: FileEntry, pieces: list[tuple[Piece, str]]) -> None:
         """Reads this rank's file back from the disk."""
         drop_from_cache(self._temporary / file)
         with PieceFile(self._temporary, file, entry) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
-            for job in [threads.submit(opened.read, piece, dtype) for piece, dtype in pieces]:
+            for job in [threads.submit(opened.check, piece, dtype) for piece, dtype in pieces]:
                 job.result()
 
 
@@ -213,7 +216,7 @@ class PieceReader(StorageReader):
         return Metadata(
             state_dict_metadata={
                 name: TensorStorageMetadata(
-                    properties=TensorProperties(dtype=entry.dtype),
+                    properties=TensorProperties(dtype=dtype_of(entry.dtype)),
                     size=torch.Size(entry.shape),
                     chunks=[ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in entry.pieces],
                 )
@@ -257,15 +260,15 @@ class PieceReader(StorageReader):
         return False
 
 
-def _fill(file: PieceFile, piece: Piece, dtype: torch.dtype, items: list[ReadItem], planner: LoadPlanner) -> None:
+def _fill(file: PieceFile, piece: Piece, dtype: str, items: list[ReadItem], planner: LoadPlanner) -> None:
     """Reads one piece and copies its boxes to their targets; straight into the target where it is the whole piece."""
     with torch.no_grad():
         targets = [planner.resolve_tensor(item).detach() for item in items]
         first = targets[0]
         if tuple(first.shape) == piece.sizes and first.is_contiguous() and first.device.type == "cpu":
-            file.read(piece, dtype, out=first)
+            read_piece(file, piece, dtype, out=first)
             return
-        data = file.read(piece, dtype)
+        data = read_piece(file, piece, dtype)
         for item, target in zip(items, targets, strict=True):
             target.copy_(narrow(data, item.storage_offsets, item.lengths))
             planner.commit_tensor(item, target)
@@ -288,10 +291,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _piece(item: WriteItem, file: str, digests: Mapping[str, str]) -> Piece:
-    assert item.tensor_data is not None
     key, offsets, sizes = _key(item), tuple(_chunk(item).offsets), tuple(_chunk(item).sizes)
-    size = math.prod(sizes) * item.tensor_data.properties.dtype.itemsize
-    return Piece(file, key, offsets, sizes, size, digests[key])
+    return Piece(file, key, offsets, sizes, _num_bytes(item), digests[key])
 
 
 def _own_piece(name: str, tensor: torch.Tensor, file: str, digests: Mapping[str, str]) -> Piece:
@@ -306,7 +307,7 @@ def _tensor_entries(metadata: Metadata, reports: list[_Report]) -> dict[str, Ten
         pieces = tuple(piece for report in reports for piece in report.pieces.get(name, []))
         shape = tuple(tensor.size)
         check_tiling(name, shape, pieces)
-        entries[name] = TensorEntry(tensor.properties.dtype, shape, pieces)
+        entries[name] = TensorEntry(dtype_name(tensor.properties.dtype), shape, pieces)
     return entries
 
 
@@ -320,8 +321,13 @@ def _check_storable(item: WriteItem) -> None:
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
+    if dtype_name(dtype) not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
+
+
+def _num_bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return math.prod(_chunk(item).sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from headrace.pretrain.checkpoint import (
     CheckpointDamagedError,
     CheckpointError,
+    CheckpointWriteError,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -28,7 +29,7 @@ from headrace.pretrain.checkpoint import (
     save_checkpoint,
     storage,
 )
-from headrace.pretrain.checkpoint.manifest import digest
+from headrace.pretrain.checkpoint_files.manifest import digest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 
@@ -168,7 +169,7 @@ def test_keep_last_removes_nothing_when_the_newest_reads_back_wrong(tmp_path, mo
         return result
 
     monkeypatch.setattr(storage, "write_pieces", flip)
-    with pytest.raises(CheckpointError, match="not what was written"):
+    with pytest.raises(CheckpointWriteError, match="not what was written"):
         save_checkpoint(tmp_path, 2, tensors_of(), extra={}, keep_last=1)
     assert os.listdir(tmp_path) == ["step-00000001"]
 
@@ -253,12 +254,18 @@ def test_a_failed_save_cleans_up(saved, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_really_full_disk(tmp_path):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_really_full_disk(tmp_path, monkeypatch, foreseen):
+    if not foreseen:
+        monkeypatch.setattr(storage, "check_room", lambda *args: None)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
         save_checkpoint(tmp_path, 1, {"model.a": torch.ones(100_000)}, extra={})
-        with pytest.raises(CheckpointError, match="No space left"):
+        words = (
+            "0.8 MB are to be written, 0.6 MB are free" if foreseen else "No space left on device .rank 0, while writ"
+        )
+        with pytest.raises(CheckpointWriteError, match=words):
             save_checkpoint(tmp_path, 2, {"model.a": torch.ones(200_000)}, extra={}, keep_last=1)
         assert os.listdir(tmp_path) == ["step-00000001"]
         assert load_full(tmp_path / "step-00000001")["model.a"].sum() == 100_000

@@ -228,7 +228,7 @@ def test_speed_is_that_of_all_updates_since_the_line_before(gloo: Callable, tmp_
     gloo(1, run_to_end, config)
     lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
     tokens = 0
-    for line in lines[1:]:
+    for line in (line for line in lines if line["kind"] == "train"):
         assert line["tokens_per_s"] * line["seconds"] == pytest.approx(line["tokens"] - tokens)
         tokens = line["tokens"]
 
@@ -299,26 +299,11 @@ def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: 
     assert "has no heldout documents" in message
 
 
-def test_a_damaged_checkpoint_stops_all_ranks_and_the_one_before_is_offered(
-    gloo: Callable, tmp_path: Path, data: Path
-) -> None:
-    config = tiny_config(tmp_path, data)
-    gloo(2, run_to_end, config)
-    checkpoints = config.run.folder / "checkpoints"
-    (checkpoints / "step-00000006" / "rank-00001.safetensors").unlink()
-    messages = gloo(2, run_expecting_refusal, config)
-    assert len(set(messages)) == 1
-    assert "rank-00001.safetensors is missing" in messages[0]
-    assert f"previous good checkpoint is {checkpoints / 'step-00000004'}" in messages[0]
-    shutil.rmtree(checkpoints / "step-00000006")
-    assert gloo(2, run_to_end, config) == [6, 6]
-
-
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "tokenizer.model", ".config.toml.tmp", "checkpoints/.tmp-step-00000002"]
 )
 def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, data: Path, name: str) -> None:
-    config = tiny_config(tmp_path, data)
+    config = tiny_config(tmp_path, data, "checkpoint.retries=0")
     in_the_way = config.run.folder / name
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch() if "/" in name else in_the_way.mkdir()

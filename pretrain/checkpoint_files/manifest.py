@@ -11,30 +11,27 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "headrace-checkpoint"
 VERSION = 1
 DIGEST_BYTES = 32
-# Names in the safetensors format of the dtypes a checkpoint may hold.
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# The dtypes a checkpoint may hold, by torch's name: their name in the safetensors format, and bytes.
+DTYPES: dict[str, tuple[str, int]] = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
 }
-_DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _TAIL = re.compile(rb',\n "blake2b": "([0-9a-f]{%d})"\n}\n\Z' % (2 * DIGEST_BYTES))
 
@@ -43,8 +40,28 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, or not loaded into what was asked for; one line says why and what to do."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A disk did not take a checkpoint: trying again may help."""
+
+
 class CheckpointDamagedError(CheckpointError):
-    """Something of a checkpoint is missing or is not what was written."""
+    """Something of a checkpoint is missing or is not what was written.
+
+    Args:
+        damage: where and what.
+        offer: what to go on from instead, where that is known.
+
+    Attributes:
+        damage: the same, without the offer.
+    """
+
+    def __init__(self, damage: str, offer: str = "") -> None:
+        super().__init__(f"{damage}; {offer}" if offer else damage)
+        self.damage = damage
+
+
+class CheckpointUnreadableError(CheckpointDamagedError):
+    """A file of a checkpoint is missing or cannot be read, on this machine at least."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor by its global shape and dtype, and the pieces that tile it."""
+    """A tensor by its global shape and dtype (torch's name of it), and the pieces that tile it."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
@@ -150,12 +167,12 @@ def _read_whole(path: Path) -> bytes:
             return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_dir() and path.name.startswith("step-"):
-            raise CheckpointDamagedError(f"checkpoint {path}: {MANIFEST_NAME} is missing") from error
+            raise CheckpointUnreadableError(f"checkpoint {path}: {MANIFEST_NAME} is missing") from error
         inside = sorted(path.glob("step-*")) if path.is_dir() else []
         hint = f"; did you mean {inside[-1]}?" if inside else "; give a folder named step-NNNNNNNN"
         raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST_NAME}{hint}") from error
     except OSError as error:
-        raise CheckpointDamagedError(f"checkpoint {path}: cannot read {MANIFEST_NAME} ({_reason(error)})") from error
+        raise CheckpointUnreadableError(f"checkpoint {path}: cannot read {MANIFEST_NAME} ({_reason(error)})") from error
 
 
 def _reason(error: OSError) -> str:
@@ -164,7 +181,7 @@ def _reason(error: OSError) -> str:
 
 def _tensor_json(entry: TensorEntry) -> dict[str, Any]:
     return {
-        "dtype": str(entry.dtype).removeprefix("torch."),
+        "dtype": entry.dtype,
         "shape": entry.shape,
         "pieces": [asdict(piece) for piece in entry.pieces],
     }
@@ -187,15 +204,15 @@ def _manifest_of(body: dict[str, Any]) -> Manifest:
 
 
 def _tensor_of(name: str, body: dict[str, Any], files: Mapping[str, FileEntry]) -> TensorEntry:
-    dtype, shape = _DTYPE_OF[body["dtype"]], tuple(_count(size) for size in body["shape"])
+    (_, itemsize), shape = DTYPES[body["dtype"]], tuple(_count(size) for size in body["shape"])
     pieces = tuple(_piece_of(piece) for piece in body["pieces"])
     for piece in pieces:
         if piece.file not in files:
             raise ValueError(f"{name} is in {piece.file!r}, which is not among the files")
-        if piece.bytes != math.prod(piece.sizes) * dtype.itemsize:
+        if piece.bytes != math.prod(piece.sizes) * itemsize:
             raise ValueError(f"a piece of {name} has {piece.bytes} bytes for sizes {piece.sizes}")
     check_tiling(name, shape, pieces)
-    return TensorEntry(dtype, shape, pieces)
+    return TensorEntry(body["dtype"], shape, pieces)
 
 
 def _piece_of(body: dict[str, Any]) -> Piece:

@@ -1,21 +1,24 @@
 """Checkpoint folders by step: naming, listing, making visible, removing."""
 
+import errno
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from .manifest import CheckpointDamagedError, CheckpointError, read_manifest
-from .pieces import PieceFile
+from .piece_file import PieceFile
 
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 # Anything with this prefix is unfinished or on its way out: never listed, removed by the next save.
 _HIDDEN = ".tmp-"
+DAMAGED = "damaged-"
 
 
 def step_name(step: int) -> str:
@@ -65,6 +68,15 @@ def prune(path: Path, keep_last: int) -> None:
             logger.warning("cannot remove the old checkpoint %s: %s", old, error.strerror or error)
 
 
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises `OSError` where the disk of `folder` has no room for `num_bytes`."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < num_bytes:  # some network file systems tell nothing
+        need = f"{num_bytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {need}", str(folder))
+
+
 def remove(path: Path) -> None:
     """Removes a checkpoint; it disappears from the list at once, before its files go one by one."""
     hidden = path.with_name(f"{_HIDDEN}removed-{path.name}")
@@ -94,12 +106,34 @@ def offering_previous(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointDamagedError as error:
-        older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
-        good = next(filter(_looks_whole, reversed(older)), None)
+        good = previous_whole(path)
         offer = "there is no older good checkpoint beside it"
         if good:
             offer = f"the previous good checkpoint is {good}: remove {path} to go on from there"
-        raise CheckpointDamagedError(f"{error}; {offer}") from error
+        raise CheckpointDamagedError(error.damage, offer) from error
+
+
+def previous_whole(path: Path) -> Path | None:
+    """The newest checkpoint older than `path` that is whole by manifest, sizes and headers, or None."""
+    older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
+    return next(filter(_looks_whole, reversed(older)), None)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that it is no longer listed, and returns where it is now. Nothing removes it."""
+    for number in count(1):
+        aside = path.with_name(f"{DAMAGED}{path.name}" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            break
+    os.rename(path, aside)
+    sync_folder(path.parent)
+    return aside
+
+
+def check_whole(path: Path) -> None:
+    """Raises `CheckpointError` unless the checkpoint is whole by manifest, sizes and headers; hashes no tensor."""
+    for name, entry in read_manifest(path).files.items():
+        PieceFile(path, name, entry).close()
 
 
 def _step(path: Path) -> int:
@@ -109,8 +143,7 @@ def _step(path: Path) -> int:
 
 def _looks_whole(path: Path) -> bool:
     try:
-        for name, entry in read_manifest(path).files.items():
-            PieceFile(path, name, entry).close()
+        check_whole(path)
     except CheckpointError:
         return False
     return True

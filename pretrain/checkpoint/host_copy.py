@@ -1,0 +1,71 @@
+"""A copy of a rank's tensors in host memory, so that training goes on while they are written."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ...errors import UserError
+
+MEMORY = "/proc/meminfo"
+
+
+class HostCopy:
+    """This rank's part of every tensor in memory of its own, which serves one save after another.
+
+    Pinned where the tensors are on a GPU, and touched once, so that no save pays for it.
+
+    Args:
+        tensors: by name, DTensors or plain ones.
+        processes_here: how many processes of this machine do the same.
+
+    Raises:
+        UserError: there is not enough memory.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], processes_here: int = 1) -> None:
+        self._sources = dict(tensors)
+        locals_ = {name: _local(tensor) for name, tensor in tensors.items()}
+        self.num_bytes = sum(local.numel() * local.itemsize for local in locals_.values())
+        _check_memory(self.num_bytes * processes_here)
+        self.tensors = {
+            name: torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            for name, local in locals_.items()
+        }
+        for copy in self.tensors.values():
+            copy.reshape(-1).view(torch.uint8).fill_(0)
+        on_gpu = [local.device for local in locals_.values() if local.is_cuda]
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._device = on_gpu[0] if on_gpu else None
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy what the tensors hold now. On a GPU this is queued behind the work given so far, ahead of all later."""
+        for name, source in self._sources.items():
+            self.tensors[name].copy_(_local(source), non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """Wait until the copy is there. Any thread may."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_memory(num_bytes: int) -> None:
+    try:
+        with open(MEMORY) as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux: no word on it
+        return
+    if num_bytes > free:
+        raise UserError(
+            f"checkpoint.asynchronous=true needs {num_bytes / 1e9:,.1f} GB of memory on this machine for a copy of "
+            f"what is saved, and {free / 1e9:,.1f} GB are free; set checkpoint.asynchronous=false"
+        )
