@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> int:
     timeout_s = config.parallel.timeout_s
     world = start_world(timeout_s)
     try:
-        with start_watch(world, timeout_s) as watch:
+        with start_watch(world, timeout_s, config.watch, config.run.folder / "logs") as watch:
             try:
                 progress = train(config, world, options.until, watch)
             except RuntimeError as error:

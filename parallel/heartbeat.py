@@ -90,6 +90,11 @@ class RollCall:
         self._timed_out |= timed_out
 
     @property
+    def beats(self) -> dict[int, Beat]:
+        """The last beat of each process heard, and one in the name of this one."""
+        return self._beats | {self._rank: Beat(host=self._host)}
+
+    @property
     def step(self) -> int | None:
         """The last step that any process heard has finished."""
         return max((beat.step for beat in self._beats.values() if beat.step is not None), default=None)

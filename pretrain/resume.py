@@ -1,7 +1,7 @@
 """What a checkpoint holds beside tensors, and how a run goes on from one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,14 @@ import torch
 from ..errors import UserError
 from ..parallel.comm import do_together
 from .average import WeightAverage
-from .checkpoint import latest_checkpoint, load_checkpoint, read_extra, read_rank_tensors, save_checkpoint
+from .checkpoint import (
+    checkpoint_step,
+    list_checkpoints,
+    load_checkpoint,
+    read_extra,
+    read_rank_tensors,
+    save_checkpoint,
+)
 from .optimizers import Optimizer
 
 MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optim."
@@ -24,13 +31,17 @@ class Progress:
         step: updates done.
         tokens: tokens trained on (targets, over all processes).
         next_row: the data order's next row; with the seed this is the loader's whole state.
-        skipped: updates skipped for a non-finite gradient.
+        skipped: updates skipped for a non-finite gradient or a spike of the loss.
+        skipped_rows: stretches `[first, end)` of rows left out after spikes, in the order of the rewinds.
+        spikes: what is known of recent losses, in a checkpoint; see `SpikeGuard.state`.
     """
 
     step: int = 0
     tokens: int = 0
     next_row: int = 0
     skipped: int = 0
+    skipped_rows: list[list[int]] = field(default_factory=list)
+    spikes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,18 +95,24 @@ def save_training(
 
 
 def resume_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], facts: Facts, rank: int, fresh_optimizer: bool = False
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Facts,
+    rank: int,
+    fresh_optimizer: bool = False,
+    before: int | None = None,
 ) -> Progress | None:
     """Load the newest checkpoint in `folder` into `tensors`; None when there is none. Collective.
 
-    With `fresh_optimizer`, state that another optimizer saved is left where it is.
+    With `fresh_optimizer`, state that another optimizer saved is left where it is. With `before`, the newest of an
+    earlier step than that.
 
     On as many ranks as saved it, random states are restored too and training continues bit for bit.
 
     Raises:
         UserError: as `find_matching`, or a piece of the checkpoint is damaged; the same on every process.
     """
-    found = do_together(lambda: find_matching(folder, facts, fresh_optimizer))
+    found = do_together(lambda: find_matching(folder, facts, fresh_optimizer, before))
     if found is None:
         return None
     checkpoint, progress, same_optimizer = found
@@ -109,16 +126,21 @@ def resume_training(
     return progress
 
 
-def find_matching(folder: Path, facts: Facts, fresh_optimizer: bool) -> tuple[Path, Progress, bool] | None:
+def find_matching(
+    folder: Path, facts: Facts, fresh_optimizer: bool, before: int | None = None
+) -> tuple[Path, Progress, bool] | None:
     """The newest checkpoint in `folder`, how far it had come, and whether the optimizer's state fits; None without any.
+
+    With `before`, the newest of an earlier step than that.
 
     Raises:
         UserError: it was trained on other data, another tokenizer, seed or batch, its manifest is damaged, or another
             optimizer saved it and `fresh_optimizer` is not set.
     """
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    found = [path for path in list_checkpoints(folder) if before is None or checkpoint_step(path) < before]
+    if not found:
         return None
+    checkpoint = found[-1]
     extra = read_extra(checkpoint)
     if changed := _changed(extra["data"], facts.data):
         raise UserError(

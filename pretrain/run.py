@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
+from ..data import BatchLoader, SkippedRows, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..kernels.dispatch import choose_backend
 from ..kernels.launch import architecture
 from ..kernels.tiles import has_tiles
 from ..model.lm import HybridLM
 from ..parallel.comm import do_together
+from ..parallel.copies import CopyCheck
 from ..parallel.fsdp import materialise
 from ..parallel.mesh import Mesh, World, build_mesh
 from ..parallel.pipeline import Pipeline
@@ -30,6 +31,7 @@ from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .resume import Facts, Progress, resume_training, save_training, training_tensors
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
+from .spikes import SpikeGuard
 
 
 @dataclass
@@ -48,10 +50,13 @@ class Run:
     progress: Progress
     folder: RunFolder | None
     metrics: Metrics | None
+    guard: SpikeGuard | None
+    copies: CopyCheck | None
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         folder, keep_last = checkpoints(self.config), self.config.checkpoint.keep_last
+        self.progress.spikes = self.guard.state() if self.guard else None
         do_together(lambda: save_training(folder, self.tensors, self.progress, self.facts, keep_last))
 
     def tell_stop(self, reason: str) -> None:
@@ -72,6 +77,26 @@ class Run:
 def checkpoints(config: Config) -> Path:
     """The folder of a run's checkpoints."""
     return config.run.folder / "checkpoints"
+
+
+def skipped_rows_file(config: Config) -> Path:
+    """Where a run notes at once, before the next checkpoint, which rows it leaves out."""
+    return checkpoints(config) / "skipped_rows.json"
+
+
+def read_skipped(path: Path, saved: SkippedRows) -> SkippedRows:
+    """The rows that a run leaves out: those its checkpoint knows of, and those noted since.
+
+    Raises:
+        UserError: the note cannot be read.
+    """
+    if not path.exists():
+        return saved
+    try:
+        noted = SkippedRows.read(json.loads(path.read_text()))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to train on rows noted since the checkpoint") from None
+    return noted if noted.continues(saved) else saved
 
 
 def build_run(config: Config, world: World) -> Run:
@@ -110,6 +135,10 @@ def fill_run(
     facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
     fresh = config.checkpoint.fresh_optimizer
     progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
+    guard = SpikeGuard(config.spikes, world.device) if config.spikes.deviations else None
+    if guard:
+        guard.load(progress.spikes)
+    do_together(lambda: leave_out_rows(config, progress))
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
     record = {
@@ -121,15 +150,48 @@ def fill_run(
     }
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
-    loader = BatchLoader(
+    loader = open_loader(config, mesh, rows, progress)
+    return Run(
+        config=config,
+        world=world,
+        engine=engine,
+        optimizers=optimizers,
+        average=average,
+        tensors=tensors,
+        loader=loader,
+        heldout=heldout,
+        facts=facts,
+        progress=progress,
+        folder=folder,
+        metrics=metrics,
+        guard=guard,
+        copies=CopyCheck(engine.named_parameters()) if config.train.checksum_every else None,
+    )
+
+
+def leave_out_rows(config: Config, progress: Progress) -> None:
+    """Have `progress` know of the rows that were left out since its checkpoint; without one there are none.
+
+    Raises:
+        UserError: as `read_skipped`.
+    """
+    if progress.step:
+        skipped = read_skipped(skipped_rows_file(config), SkippedRows.read(progress.skipped_rows))
+        progress.skipped_rows = [list(stretch) for stretch in skipped.stretches]
+        progress.next_row = skipped.following(progress.next_row)
+
+
+def open_loader(config: Config, mesh: Mesh, rows: TokenRows, progress: Progress) -> BatchLoader:
+    """This rank's batches from where the run is."""
+    return BatchLoader(
         rows,
         batch_rows=config.train.batch_rows // mesh.data_ranks,
         rank=mesh.data_rank,
         world_size=mesh.data_ranks,
         start=progress.next_row,
         prefetch=config.data.prefetch,
+        skipped=SkippedRows.read(progress.skipped_rows),
     )
-    return Run(config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics)
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,13 @@ from ..errors import UserError
 from ..kernels.dispatch import use_backend
 from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
+from ..parallel.pulse import RECORD, Pulse
 from ..parallel.watch import Watch
 from .config import Config
 from .control import Control, Wish
 from .evaluate import evaluate
 from .resume import Progress
+from .rewind import handle_spikes
 from .run import Run, build_run, choose_kernels
 
 
@@ -26,6 +29,25 @@ class Pace:
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+class Skips:
+    """Updates skipped since the last record and in a row, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.since_record = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+
+    def add(self, skip: torch.Tensor) -> None:
+        """Count a step, 1 where it was skipped."""
+        self.since_record += skip
+        self.in_a_row = (self.in_a_row + skip) * skip
+
+    def take(self) -> int:
+        """How many there were since the last time. Waits for the device."""
+        found = int(self.since_record)
+        self.since_record.zero_()
+        return found
 
 
 def train(config: Config, world: World, until: int | None = None, watch: Watch | None = None) -> Progress:
@@ -45,46 +67,54 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
     """The loop of `train`. Collective."""
     config, progress, steps = run.config, run.progress, run.config.train.steps
     stop = steps if until is None else min(until, steps)
-    skipped_in_a_row = torch.zeros((), device=run.world.device)
-    skipped = torch.zeros((), device=run.world.device)
-    pace = Pace()
+    pulse = watch.pulse if watch else Pulse()
+    skips, pace = Skips(run.world.device), Pace()
     try:
         with Control(run.folder.path if run.folder else None) as control:
             while progress.step < stop:
                 started = time.perf_counter()
                 loss_sum, targets, norm, skip = update(run)
-                skipped += skip
-                skipped_in_a_row = (skipped_in_a_row + skip) * skip
-                if watch:
-                    watch.step(progress.step)
+                skips.add(skip)
+                pulse.step(progress.step)
                 wish = control.agreed()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
                 save = due(progress.step, config.checkpoint.every_steps, stop) or Wish.SAVE in wish
-                if log or save:
-                    progress.skipped += int(skipped)  # waits for the device
-                    skipped.zero_()
-                pace.updates += 1
-                pace.tokens += targets
-                pace.seconds += time.perf_counter() - started
-                if log:
-                    report_step(run, loss_sum, targets, norm, pace)
-                    pace = Pace()
-                    check_finite(config, progress, int(skipped_in_a_row))
+                if handle_spikes(run, pulse, settle=save):
+                    skips, pace = Skips(run.world.device), Pace()
+                    if wish.stops:
+                        stop = progress.step
+                        run.tell_stop(wish.reason)
+                    continue
+                with pulse.phase(RECORD) if log or save else nullcontext():
+                    if log or save:
+                        progress.skipped += skips.take()
+                    pace.updates += 1
+                    pace.tokens += targets
+                    pace.seconds += time.perf_counter() - started
+                    if log:
+                        report_step(run, loss_sum, targets, norm, pace)
+                        pace = Pace()
+                        check_finite(config, progress, int(skips.in_a_row))
+                if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
+                    run.copies.check(progress.step)
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
-                    report_heldout(run, run.heldout)
+                    with pulse.phase("evaluation"):
+                        report_heldout(run, run.heldout)
                 if save:
-                    run.save()
+                    with pulse.phase("save"):
+                        run.save()
                 if wish.stops:
                     run.tell_stop(wish.reason)
     finally:
-        run.close()
+        with pulse.phase("end"):
+            run.close()
     return progress
 
 
 def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-    """One update, or none where a gradient is not finite. Collective.
+    """One update, or none where a gradient is not finite or the loss jumps. Collective.
 
     Returns:
         this rank's share of the summed loss, the targets of all ranks, the gradients' norm before clipping, and 1 where
@@ -93,7 +123,10 @@ def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
     config, progress = run.config, run.progress
     loss_sum, targets = run.engine.forward_backward(next(run.loader))
     norm = run.engine.clip_gradients(config.train.clip_norm)
+    end_row = run.loader.next_row
     skip = (~norm.isfinite()).float()
+    if run.guard is not None:
+        skip = run.guard.judge(loss_sum, targets, norm, progress.step + 1, end_row)
     for optimizer in run.optimizers:
         optimizer.step(config.schedule.scale(progress.step + 1, config.train.steps), skip)
     run.engine.routing.finish_step(run.engine.models, skip)
@@ -101,7 +134,7 @@ def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
         run.average.update(skip)
     run.engine.zero_grad()
     progress.step += 1
-    progress.next_row += config.train.batch_rows
+    progress.next_row = end_row
     progress.tokens += targets
     return loss_sum, targets, norm, skip
 
@@ -113,7 +146,8 @@ def due(step: int, every: int, last: int) -> bool:
 
 def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, pace: Pace) -> None:
     """Write this step's record. Collective."""
-    loss = float(sum_over_ranks(loss_sum)) / max(1, targets)
+    total = sum_over_ranks(loss_sum) if run.guard is None else run.guard.loss_sum
+    loss = float(total) / max(1, targets)
     routing = run.engine.routing.report(run.engine.models)
     progress, config = run.progress, run.config
     if run.metrics is not None:

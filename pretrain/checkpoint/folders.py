@@ -94,7 +94,7 @@ def offering_previous(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointDamagedError as error:
-        older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
+        older = [other for other in list_checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
         good = next(filter(_looks_whole, reversed(older)), None)
         offer = "there is no older good checkpoint beside it"
         if good:
@@ -102,7 +102,8 @@ def offering_previous(path: Path) -> Iterator[None]:
         raise CheckpointDamagedError(f"{error}; {offer}") from error
 
 
-def _step(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else 0
 
