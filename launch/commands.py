@@ -37,12 +37,15 @@ def train(options: argparse.Namespace) -> int:
     if options.until is not None and options.until < 1:
         raise UserError(f"--until={options.until} must be at least 1")
     if options.nproc is not None and "RANK" not in os.environ:
-        from .local import check_nproc, run_processes
+        from .local import check_nproc, run_again_and_again
 
-        check_nproc(options.nproc)
+        check_nproc(options.nproc, options.restarts)
         load_config(path, options.overrides, options.nproc)
         until = [] if options.until is None else ["--until", str(options.until)]
-        return run_processes(["train", options.config, *until, *options.overrides], options.nproc)
+        arguments = ["train", options.config, *until, *options.overrides]
+        return run_again_and_again(arguments, options.nproc, options.restarts)
+    if options.restarts and "RANK" not in os.environ:
+        raise UserError("--restarts needs --nproc: a process cannot start itself again")
 
     from ..parallel.mesh import start_world, stop_world
     from ..parallel.watch import start_watch
