@@ -91,10 +91,20 @@ def main_thread() -> tuple[tuple[str, ...], bool]:
     while frame is not None and len(lines) < INNERMOST:
         code, number = frame.f_code, frame.f_lineno
         source = linecache.getline(code.co_filename, number).strip()
-        waits |= not lines and (COLLECTIVES in code.co_filename or ".wait(" in source)
+        waits |= not lines and _waits(code.co_filename, number)
         lines.append(f"{code.co_filename}:{number} in {code.co_name}: {source}")
         frame = frame.f_back
     return tuple(lines), waits
+
+
+def waits_now() -> bool:
+    """Whether the main thread waits for other processes at this moment, as far as Python shows it."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and _waits(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _waits(file: str, line: int) -> bool:
+    return COLLECTIVES in file or ".wait(" in linecache.getline(file, line)
 
 
 def find_missing(size: int, stands: Mapping[int, Stand]) -> tuple[list[int], str]:

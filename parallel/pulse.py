@@ -84,6 +84,12 @@ class Pulse:
         self.idle_s += seconds
 
     @property
+    def usual_step_s(self) -> float | None:
+        """Seconds of the last steps, on average; None where there are too few."""
+        times = list(self._times[STEP])[-NEEDED:]
+        return sum(times) / NEEDED if len(times) == NEEDED else None
+
+    @property
     def limit_s(self) -> float:
         """How long what goes on now may take."""
         if self._config is None or not self._config.margin_s or self.doing == START:

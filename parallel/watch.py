@@ -25,6 +25,7 @@ from .hang import HANG, NO_HANG, HangSearch
 from .heartbeat import TIMED_OUT, Beat, RollCall, State
 from .mesh import World
 from .pulse import Pulse, WatchConfig
+from .slow import BusyShare, SlowRank, SlowRanks
 
 # Where a launcher keeps a store for the processes it starts, as `host:port`.
 WATCH_STORE = "HEADRACE_WATCH_STORE"
@@ -33,6 +34,7 @@ VERDICT, NO_VERDICT = "verdict", "-"
 # What the errors of collectives say when a peer is gone or does not come; NCCL's are DistErrors, mostly.
 PEER_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 GRACE_S = 5.0
+LOOK_S = 0.05
 PART_S = 2.0
 
 
@@ -69,6 +71,8 @@ class Watch:
         self._keeps_store = keeper is None and rank == 0
         self._host = platform.node()
         self._roll = RollCall(rank, size, 0.9 * timeout_s, self.grace_s, keeper, self._host)
+        self._busy, self._slow = BusyShare(self.pulse), SlowRanks()
+        self._found_slow: list[SlowRank] = []
         self._lock = threading.Lock()
         self._count = 0
         self._state: State = "runs"
@@ -105,6 +109,12 @@ class Watch:
     def step(self, number: int) -> None:
         """Step `number` is finished."""
         self.pulse.step(number)
+
+    def slow_ranks(self) -> list[SlowRank]:
+        """The processes found slow since the last time, on rank 0; nobody elsewhere."""
+        with self._lock:
+            found, self._found_slow = self._found_slow, []
+        return found
 
     def blame(self, error: RuntimeError) -> str | None:
         """Who is missing, when a collective met `error`; None where the error has nothing to do with other processes.
@@ -178,7 +188,7 @@ class Watch:
 
     def _exchange(self, store: dist.Store) -> None:
         self._count += 1
-        beat = Beat(self._count, self.pulse.number, self._host, self._state, self._reason)
+        beat = Beat(self._count, self.pulse.number, self._host, self._state, self._reason, self._busy.seconds)
         store.set(_key(self._rank), beat.pack())
         if self._found:
             store.compare_set(VERDICT, NO_VERDICT, self._found)
@@ -187,13 +197,19 @@ class Watch:
             self._hangs.exchange(store, hang.decode())
         with self._lock:
             self._roll.hear(dict(zip(self._roll.heard, map(Beat.unpack, beats), strict=True)))
+            if self._rank == 0:
+                told = {rank: (beat.host, beat.seconds) for rank, beat in self._roll.beats.items()}
+                self._found_slow += self._slow.compare(told | {0: (self._host, beat.seconds)})
             self._verdict = "" if verdict == NO_VERDICT.encode() else verdict.decode()
 
     def _judge(self) -> None:
         """The thread that counts how long others have been silent, and ends this process for it."""
         last = time.monotonic()
-        while not self._stop.wait(self.interval_s / 4):
+        while not self._stop.wait(LOOK_S):
+            self._busy.look()
             now = time.monotonic()
+            if now - last < self.interval_s / 4:
+                continue
             with self._lock:
                 # More went by only if this process was stopped itself, and heard nobody for that reason.
                 self._roll.pass_time(min(now - last, 2 * self.interval_s))

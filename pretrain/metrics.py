@@ -69,6 +69,14 @@ class Metrics:
         )
         self._write({"kind": "rewind", **record})
 
+    def slow_rank(self, record: dict[str, Any]) -> None:
+        """A process makes the others wait (see docs/metrics.md)."""
+        self._show(
+            f"step {record['step']} | rank {record['rank']} ({record['host']}) is slow: it works "
+            f"{record['own_s']:.3g} s of a step itself, the others {record['others_s']:.3g} s"
+        )
+        self._write({"kind": "slow_rank", **record})
+
     def stop(self, step: int, reason: str) -> None:
         """The run stops after `step` because it was asked to."""
         self._show(f"step {step} | stopped by {reason}; the checkpoint is saved, the same command goes on from it")

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -97,6 +97,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                         report_step(run, loss_sum, targets, norm, pace)
                         pace = Pace()
                         check_finite(config, progress, int(skips.in_a_row))
+                        report_slow_ranks(run, watch)
                 if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
                     run.copies.check(progress.step)
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
@@ -166,6 +167,13 @@ def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tens
         )
         if routing is not None:
             run.metrics.routing(progress.step, routing.record(), routing.warning())
+
+
+def report_slow_ranks(run: Run, watch: Watch | None) -> None:
+    """Write a record of every process that was found slow since the last time."""
+    for slow in watch.slow_ranks() if watch else []:
+        if run.metrics is not None:
+            run.metrics.slow_rank({"step": run.progress.step, **asdict(slow)})
 
 
 def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> None:

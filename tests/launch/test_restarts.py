@@ -5,43 +5,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from headrace.launch import local
 from headrace.launch.local import Ending, run_again_and_again
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
-from headrace.pretrain.config import Config
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import CONFIG
 
 
-def train_to_end(config: Config) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
-
-
-def test_kill_9_of_a_rank_does_not_end_the_run(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    overrides = ["train.steps=40", "checkpoint.every_steps=5"]
-    whole = tiny_config(tmp_path, data, *overrides, "run.name=whole")  # writes tiny.toml
-    overrides += [f"run.root={tmp_path}", f"data.folder={data}", "run.name=killed"]
-    command = [sys.executable, "-m", "headrace", "train", str(tmp_path / "tiny.toml"), *overrides]
+def start(folder: Path, data: Path, name: str) -> subprocess.Popen[str]:
+    config = folder / "tiny.toml"
+    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
+    overrides = ["train.steps=40", "checkpoint.every_steps=5", f"run.name={name}"]
+    command = [sys.executable, "-m", "headrace", "train", str(config), *overrides, "--nproc", "2", "--restarts", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["--nproc", "2", "--restarts", "2"]
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> None:
+    whole, launcher = start(tmp_path, data, "whole"), start(tmp_path, data, "killed")
     while latest_checkpoint(tmp_path / "killed" / "checkpoints") is None:
         assert launcher.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    assert gloo(2, train_to_end, whole) == [40, 40]
-    _, said = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0
+    said, _ = (process.communicate(timeout=200)[1] for process in (launcher, whole))
+    assert launcher.returncode == whole.returncode == 0
     assert said.count("headrace: started again from the newest checkpoint\n") == 1
     found, expected = (load_full(latest_checkpoint(tmp_path / name / "checkpoints")) for name in ("killed", "whole"))
     assert found.keys() == expected.keys()
