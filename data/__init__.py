@@ -6,6 +6,7 @@ from .loader import Batch, BatchLoader
 from .order import RowOrder
 from .prepare import PrepareReport, prepare
 from .rows import Row, TokenRows
+from .skipped import SkippedRows
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PrepareReport",
     "Row",
     "RowOrder",
+    "SkippedRows",
     "TokenDataset",
     "TokenRows",
     "Tokenizer",

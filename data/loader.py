@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .rows import TokenRows
+from .skipped import SkippedRows
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,22 @@ class BatchLoader:
     """Endless iterator over the batches of one rank, `batch_rows` rows each.
 
     With k the first row of a batch of all ranks, rank r gets rows [k + r n, k + (r+1) n), n = `batch_rows`, and the
-    next batch starts at k + n `world_size`. The rows of all ranks together do not depend on how many there are.
-    `next_row` is the whole state: a loader made with `start=next_row` continues exactly. `prefetch` batches are kept
-    ready. What fails in the thread is raised by `next()`. Close it, or use it in a `with` statement.
+    next batch starts at k + n `world_size`, or behind `skipped` rows that begin there. The rows of all ranks together
+    do not depend on how many there are. `next_row` is the whole state: a loader made with `start=next_row` continues
+    exactly. `prefetch` batches are kept ready. What fails in the thread is raised by `next()`. Close it, or use it in
+    a `with` statement.
     """
 
     def __init__(
-        self, rows: TokenRows, *, batch_rows: int, rank: int = 0, world_size: int = 1, start: int = 0, prefetch: int = 4
+        self,
+        rows: TokenRows,
+        *,
+        batch_rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        prefetch: int = 4,
+        skipped: SkippedRows | None = None,
     ) -> None:
         if batch_rows < 1 or not 0 <= rank < world_size or start < 0 or prefetch < 1:
             raise ValueError(f"{batch_rows=} {rank=} {world_size=} {start=} {prefetch=} do not fit together")
@@ -42,11 +52,12 @@ class BatchLoader:
         self.batch_rows = batch_rows
         self.rank = rank
         self.step_rows = batch_rows * world_size
-        self.next_row = start
+        self.skipped = skipped or SkippedRows()
+        self.next_row = self.skipped.following(start)
         self._pin = torch.cuda.is_available()
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(start,), name="batch-loader", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(self.next_row,), name="batch-loader", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> "BatchLoader":
@@ -60,7 +71,7 @@ class BatchLoader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        self.next_row = item.first_row + self.step_rows
+        self.next_row = self._after(item.first_row)
         return item
 
     def close(self) -> None:
@@ -91,7 +102,10 @@ class BatchLoader:
                     continue
             if isinstance(item, BaseException):
                 return
-            first_row += self.step_rows
+            first_row = self._after(first_row)
+
+    def _after(self, first_row: int) -> int:
+        return self.skipped.following(first_row + self.step_rows)
 
     def _read(self, first_row: int) -> Batch:
         begin = first_row + self.rank * self.batch_rows

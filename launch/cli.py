@@ -65,6 +65,13 @@ def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
     train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
     train.add_argument("config", help="a TOML file")
     train.add_argument("--nproc", type=int, help="start this many processes here (default: as torchrun did, else 1)")
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with --nproc: start again after a crash or hang, up to K times without a new step (default: 0)",
+    )
     train.add_argument("--until", type=int, metavar="STEP", help="save and stop after this step; start again to go on")
     _add_overrides(train)
 

@@ -37,12 +37,15 @@ def train(options: argparse.Namespace) -> int:
     if options.until is not None and options.until < 1:
         raise UserError(f"--until={options.until} must be at least 1")
     if options.nproc is not None and "RANK" not in os.environ:
-        from .local import check_nproc, run_processes
+        from .local import check_nproc, run_again_and_again
 
-        check_nproc(options.nproc)
+        check_nproc(options.nproc, options.restarts)
         load_config(path, options.overrides, options.nproc)
         until = [] if options.until is None else ["--until", str(options.until)]
-        return run_processes(["train", options.config, *until, *options.overrides], options.nproc)
+        arguments = ["train", options.config, *until, *options.overrides]
+        return run_again_and_again(arguments, options.nproc, options.restarts)
+    if options.restarts and "RANK" not in os.environ:
+        raise UserError("--restarts needs --nproc: a process cannot start itself again")
 
     from ..parallel.mesh import start_world, stop_world
     from ..parallel.watch import start_watch
@@ -54,7 +57,7 @@ def train(options: argparse.Namespace) -> int:
     timeout_s = config.parallel.timeout_s
     world = start_world(timeout_s)
     try:
-        with start_watch(world, timeout_s) as watch:
+        with start_watch(world, timeout_s, config.watch, config.run.folder / "logs") as watch:
             try:
                 progress = train(config, world, options.until, watch)
             except RuntimeError as error:
@@ -109,7 +112,7 @@ def preflight(options: argparse.Namespace) -> int:
 
         check_nproc(options.nproc)
         full = ["--full"] if options.full else []
-        return run_processes(["preflight", options.config, *full, *options.overrides], options.nproc)
+        return run_processes(["preflight", options.config, *full, *options.overrides], options.nproc).status
     from .local import end_with_launcher
     from .preflight import preflight
 

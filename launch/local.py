@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -22,10 +23,54 @@ LAUNCHER = "HEADRACE_LAUNCHER"
 PR_SET_PDEATHSIG = 1
 
 
-def check_nproc(nproc: int) -> None:
-    """Raises UserError for a number of processes that cannot be started."""
+# A mistake of the user's: the next start would make it again.
+USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of several processes ended.
+
+    Attributes:
+        status: 0, or the exit status of the process that failed.
+        step: the last step that any of them is known to have finished; None where none is.
+        asked: a signal ended it that asks for an end.
+    """
+
+    status: int
+    step: int | None = None
+    asked: bool = False
+
+
+def check_nproc(nproc: int, restarts: int = 0) -> None:
+    """Raises UserError for a number of processes, or of restarts, that cannot be."""
     if nproc < 1:
         raise UserError(f"--nproc={nproc} must be at least 1")
+    if restarts < 0:
+        raise UserError(f"--restarts={restarts} must not be negative")
+
+
+def run_again_and_again(arguments: Sequence[str], nproc: int, restarts: int) -> int:
+    """`run_processes`, and again after a crash or a hang, unless it ended so `restarts` times without a new step.
+
+    A step is new when no start before has come so far: what is computed a second time is no way forward. Nothing is
+    started again after a mistake of the user's, or where a signal asked for the end.
+
+    Returns the status of the last start.
+    """
+    furthest, in_vain = -1, 0
+    while True:
+        ended = run_processes(arguments, nproc)
+        step = -1 if ended.step is None else ended.step
+        in_vain = 0 if step > furthest else in_vain + 1
+        furthest = max(furthest, step)
+        if ended.status in (0, USER_ERROR) or ended.asked or not restarts:
+            return ended.status
+        if in_vain >= restarts:
+            print(f"headrace: error: {in_vain} starts without a new step: given up", file=sys.stderr, flush=True)
+            return ended.status
+        tries = f"; {in_vain} of {restarts} without a new step" if in_vain else ""
+        print(f"headrace: started again from the newest checkpoint{tries}", file=sys.stderr, flush=True)
 
 
 def end_with_launcher() -> None:
@@ -50,11 +95,10 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
             os.kill(int(pid), number)
 
 
-def run_processes(arguments: Sequence[str], nproc: int) -> int:
+def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
 
-    Returns 0, or the exit status of the process that failed. A process that fails ends the others. It has said itself
-    what was wrong, unless a signal ended it.
+    A process that fails ends the others. It has said itself what was wrong, unless a signal ended it.
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -78,17 +122,17 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
         if ended.sigval is signal.SIGINT:
             raise KeyboardInterrupt from None
         print(f"headrace: ended by {ended.sigval.name}", file=sys.stderr)
-        return 128 + ended.sigval
+        return Ending(128 + ended.sigval, asked=True)
     except ChildFailedError as error:
         status = max(failure.exitcode for failure in error.failures.values())
+        step = last_step(beats, nproc)
         if status < 0:
             rank, failure = error.get_first_failure()
             hint = "; the system does that when memory runs out" if -status == signal.SIGKILL else ""
-            step = last_step(beats, nproc)
             last = "no step was finished yet" if step is None else f"last finished step {step}"
             print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)
-        return status if status > 0 else 1
+        return Ending(status if status > 0 else 1, step)
     finally:
         signal.signal(signal.SIGUSR1, before)
         del os.environ[LAUNCHER], os.environ[WATCH_STORE]
-    return 0
+    return Ending(0)

@@ -21,6 +21,7 @@ class Beat:
         host: the machine it runs on.
         state: how it is.
         reason: the error it left with, or `TIMED_OUT` where that is how a collective failed.
+        seconds: of its own work in a usual step, and of the whole step; None while unknown.
     """
 
     count: int = 0
@@ -28,6 +29,7 @@ class Beat:
     host: str = "host unknown"
     state: State = "runs"
     reason: str = ""
+    seconds: tuple[float, float] | None = None
 
     def pack(self) -> str:
         """The text that `unpack` reads."""
@@ -36,7 +38,9 @@ class Beat:
     @staticmethod
     def unpack(text: bytes) -> "Beat":
         """The beat that `pack` wrote."""
-        return Beat(*json.loads(text))
+        told = json.loads(text)
+        told[-1] = told[-1] and tuple(told[-1])
+        return Beat(*told)
 
 
 class RollCall:
@@ -88,6 +92,11 @@ class RollCall:
         """A collective has failed, here or elsewhere: from now on the shorter limit holds."""
         self._failed_at = self._time if self._failed_at is None else self._failed_at
         self._timed_out |= timed_out
+
+    @property
+    def beats(self) -> dict[int, Beat]:
+        """The last beat of each process heard, and one in the name of this one."""
+        return self._beats | {self._rank: Beat(host=self._host)}
 
     @property
     def step(self) -> int | None:

@@ -14,14 +14,18 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from ..errors import UserError
+from .hang import HANG, NO_HANG, HangSearch
 from .heartbeat import TIMED_OUT, Beat, RollCall, State
 from .mesh import World
+from .pulse import Pulse, WatchConfig
+from .slow import BusyShare, SlowRank, SlowRanks
 
 # Where a launcher keeps a store for the processes it starts, as `host:port`.
 WATCH_STORE = "HEADRACE_WATCH_STORE"
@@ -30,6 +34,7 @@ VERDICT, NO_VERDICT = "verdict", "-"
 # What the errors of collectives say when a peer is gone or does not come; NCCL's are DistErrors, mostly.
 PEER_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 GRACE_S = 5.0
+LOOK_S = 0.05
 PART_S = 2.0
 
 
@@ -46,20 +51,32 @@ class Watch:
             speaks before the collectives themselves, whose errors name nobody, run out of the same time.
         connect: a new connection to the store; raises RuntimeError or OSError when there is none.
         keeper: who keeps the store; None: rank 0.
+        hangs: finds hangs, from what the main thread tells `pulse`; None: nobody looks for them.
     """
 
     def __init__(
-        self, rank: int, size: int, timeout_s: float, connect: Callable[[], dist.Store], keeper: str | None = None
+        self,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        connect: Callable[[], dist.Store],
+        keeper: str | None = None,
+        hangs: HangSearch | None = None,
     ) -> None:
+        self._hangs = hangs
+        self.pulse = hangs.pulse if hangs else Pulse()
+        # Told why this process ends although nothing was raised in it.
+        self.last_words: Callable[[str], None] = lambda line: None
         self.interval_s = min(1.0, timeout_s / 10)
         self.grace_s = min(GRACE_S, timeout_s)
         self._rank, self._size, self._connect = rank, size, connect
         self._keeps_store = keeper is None and rank == 0
         self._host = platform.node()
         self._roll = RollCall(rank, size, 0.9 * timeout_s, self.grace_s, keeper, self._host)
+        self._busy, self._slow = BusyShare(self.pulse), SlowRanks()
+        self._found_slow: list[SlowRank] = []
         self._lock = threading.Lock()
         self._count = 0
-        self._step: int | None = None
         self._state: State = "runs"
         self._reason = self._found = self._verdict = ""
         self._wake, self._named = threading.Event(), threading.Event()
@@ -93,7 +110,13 @@ class Watch:
 
     def step(self, number: int) -> None:
         """Step `number` is finished."""
-        self._step = number
+        self.pulse.step(number)
+
+    def slow_ranks(self) -> list[SlowRank]:
+        """The processes found slow since the last time, on rank 0; nobody elsewhere."""
+        with self._lock:
+            found, self._found_slow = self._found_slow, []
+        return found
 
     def blame(self, error: RuntimeError) -> str | None:
         """Who is missing, when a collective met `error`; None where the error has nothing to do with other processes.
@@ -120,13 +143,14 @@ class Watch:
     def _leave(self, line: str) -> NoReturn:
         self._found = line
         with self._lock:
-            steps = [step for step in (self._step, self._roll.step) if step is not None]
+            steps = [step for step in (self.pulse.number, self._roll.step) if step is not None]
         last = f"last finished step {max(steps)}" if steps else "no step was finished yet"
         remedy = "start the run again to go on from its newest checkpoint"
         sys.stdout.flush()
         print(f"headrace: error: {line}; {last}; {remedy}", file=sys.stderr, flush=True)
         self._state = "left"
         self._part()
+        self.last_words(line)
         os._exit(1)
 
     def _part(self) -> None:
@@ -163,27 +187,38 @@ class Watch:
         for rank in self._roll.heard:
             store.compare_set(_key(rank), "", Beat().pack())
         store.compare_set(VERDICT, "", NO_VERDICT)
+        store.compare_set(HANG, "", NO_HANG)
 
     def _exchange(self, store: dist.Store) -> None:
         self._count += 1
-        beat = Beat(self._count, self._step, self._host, self._state, self._reason)
+        beat = Beat(self._count, self.pulse.number, self._host, self._state, self._reason, self._busy.seconds)
         store.set(_key(self._rank), beat.pack())
         if self._found:
             store.compare_set(VERDICT, NO_VERDICT, self._found)
-        *beats, verdict = store.multi_get([*map(_key, self._roll.heard), VERDICT])
+        *beats, verdict, hang = store.multi_get([*map(_key, self._roll.heard), VERDICT, HANG])
+        if self._hangs:
+            self._hangs.exchange(store, hang.decode())
         with self._lock:
             self._roll.hear(dict(zip(self._roll.heard, map(Beat.unpack, beats), strict=True)))
+            if self._rank == 0:
+                told = {rank: (beat.host, beat.seconds) for rank, beat in self._roll.beats.items()}
+                self._found_slow += self._slow.compare(told | {0: (self._host, beat.seconds)})
             self._verdict = "" if verdict == NO_VERDICT.encode() else verdict.decode()
 
     def _judge(self) -> None:
         """The thread that counts how long others have been silent, and ends this process for it."""
         last = time.monotonic()
-        while not self._stop.wait(self.interval_s / 4):
+        while not self._stop.wait(LOOK_S):
+            self._busy.look()
             now = time.monotonic()
+            if now - last < self.interval_s / 4:
+                continue
             with self._lock:
                 # More went by only if this process was stopped itself, and heard nobody for that reason.
                 self._roll.pass_time(min(now - last, 2 * self.interval_s))
                 found = self._verdict or self._roll.finding(self._state == "failed")
+                if not found and self._hangs:
+                    found = self._hangs.judge(min(now - last, 2 * self.interval_s), self._roll)
             last = now
             if not found or self._closing.is_set():
                 continue
@@ -195,10 +230,11 @@ class Watch:
                 self._leave(found)
 
 
-def start_watch(world: World, timeout_s: float) -> Watch:
+def start_watch(world: World, timeout_s: float, limits: WatchConfig | None = None, folder: Path | None = None) -> Watch:
     """The watch of a process that has joined its group, to be used with `with`.
 
-    Its store is the one the launcher or rank 0 keeps for the group, over a connection of its own.
+    Its store is the one the launcher or rank 0 keeps for the group, over a connection of its own. With `limits` it
+    looks for hangs, and writes what it finds of them into `folder`.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
     keeper = None
@@ -216,7 +252,10 @@ def start_watch(world: World, timeout_s: float) -> Watch:
         )
         return dist.PrefixStore(PREFIX, store)
 
-    return Watch(world.rank, world.size, timeout_s, connect, keeper)
+    hangs = None
+    if limits and limits.margin_s and folder:
+        hangs = HangSearch(world.rank, world.size, Pulse(limits), folder, min(GRACE_S, timeout_s))
+    return Watch(world.rank, world.size, timeout_s, connect, keeper, hangs)
 
 
 def last_step(store: dist.Store, size: int) -> int | None:

@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 
-Kind = Literal["nan", "spike", "stall", "slow_rank", "low_disk", "old_checkpoint", "crash_loop", "save_failed"]
+Kind = Literal[
+    "nan", "spike", "rewind", "stall", "slow_rank", "low_disk", "old_checkpoint", "crash_loop", "save_failed"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 # Alerts that wait to be delivered; more than that are dropped.

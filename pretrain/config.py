@@ -12,12 +12,14 @@ from ..errors import UserError
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.fit import fit_problems
+from ..parallel.pulse import WatchConfig
 from ..parallel.recompute import Recompute
 from ..parallel.stages import pipeline_problems
 from .alerts import AlertConfig
 from .config_io import apply_overrides, build, format_toml, read_toml, to_tables
 from .optimizers.config import OptimizerConfig
 from .schedule import ScheduleConfig
+from .spikes import SpikesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class TrainConfig:
         nonfinite_limit: updates in a row that may be skipped for a non-finite gradient before the run stops.
         average_decay: of an exponential moving average of the weights, which `eval`, `export` and `generate` take with
             `--average`; 0 keeps none.
+        checksum_every: steps between two comparisons of the parameters that several processes hold copies of, bit for
+            bit; before each save too. 0 compares none.
     """
 
     steps: int
@@ -76,12 +80,19 @@ class TrainConfig:
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     nonfinite_limit: int = 10
     average_decay: float = 0.0
+    checksum_every: int = 0
 
     def problems(self, data_ranks: int | None = None) -> list[str]:
         """Every field out of range, or, for a known number of data-parallel ranks, that does not fit it."""
         found = [
             f"train.{name}={getattr(self, name)} must be at least {low}"
-            for name, low in (("steps", 1), ("batch_rows", 1), ("micro_batch_rows", 0), ("nonfinite_limit", 1))
+            for name, low in (
+                ("steps", 1),
+                ("batch_rows", 1),
+                ("micro_batch_rows", 0),
+                ("nonfinite_limit", 1),
+                ("checksum_every", 0),
+            )
             if getattr(self, name) < low
         ]
         if self.clip_norm < 0:
@@ -196,6 +207,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     alerts: AlertConfig = field(default_factory=AlertConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def _weight_problems(self) -> list[str]:
         found = []
@@ -239,6 +252,8 @@ class Config:
             *self.checkpoint.problems(),
             *self.log.problems(),
             *self.alerts.problems(),
+            *self.spikes.problems(self.train.nonfinite_limit),
+            *self.watch.problems(),
         ]
 
     def to_toml(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .config import Config
+from .run_folder import cut_metrics
 from .tensorboard import TensorBoard
 
 
@@ -78,6 +79,35 @@ class Metrics:
             f"step {step} | WARNING: NO CHECKPOINT WAS SAVED, {failures} time{'s' * (failures > 1)} in a row; training "
             f"goes on, and ends if it comes to {limit} (checkpoint.failures_limit): make room, or see to the disk"
         )
+
+    def spike(self, record: dict[str, Any]) -> None:
+        """An update was skipped because its loss jumped or its gradient was not finite (see docs/metrics.md)."""
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        above = "" if record["limit"] is None else f", limit {record['limit']:.4f}"
+        norm = ", gradient not finite" if record["grad_norm"] is None else ""
+        row = f" ({record['in_a_row']} in a row)" if record["in_a_row"] > 1 else ""
+        self.show(f"step {record['step']} | spike: loss {loss}{above}{norm}; the update is skipped{row}")
+        self._write({"kind": "spike", **record})
+
+    def rewind(self, path: Path, record: dict[str, Any]) -> None:
+        """The run went back to the checkpoint of `step`; records at `path` after it are dropped, as on a restart."""
+        self.file.close()
+        cut_metrics(path, record["step"])
+        self.file = path.open("ab", buffering=0)
+        (first, last), (row, end) = record["spike"], record["rows"]
+        self.show(
+            f"step {record['step']} | rewound: the spike of steps {first} to {last} lasted; the run goes on from the "
+            f"checkpoint of step {record['step']} without rows {row} to {end - 1} (rewind {record['rewinds']})"
+        )
+        self._write({"kind": "rewind", **record})
+
+    def slow_rank(self, record: dict[str, Any]) -> None:
+        """A process makes the others wait (see docs/metrics.md)."""
+        self.show(
+            f"step {record['step']} | rank {record['rank']} ({record['host']}) is slow: it works "
+            f"{record['own_s']:.3g} s of a step itself, the others {record['others_s']:.3g} s"
+        )
+        self._write({"kind": "slow_rank", **record})
 
     def stop(self, step: int, reason: str) -> None:
         """The run stops after `step` because it was asked to."""

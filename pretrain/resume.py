@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from .checkpoint import (
     CheckpointError,
     CheckpointUnreadableError,
     check_whole,
-    latest_checkpoint,
+    checkpoint_step,
+    list_checkpoints,
     load_checkpoint,
     previous_whole,
     read_extra,
@@ -41,13 +42,17 @@ class Progress:
         step: updates done.
         tokens: tokens trained on (targets, over all processes).
         next_row: the data order's next row; with the seed this is the loader's whole state.
-        skipped: updates skipped for a non-finite gradient.
+        skipped: updates skipped for a non-finite gradient or a spike of the loss.
+        skipped_rows: stretches `[first, end)` of rows left out after spikes, in the order of the rewinds.
+        spikes: what is known of recent losses, in a checkpoint; see `SpikeGuard.state`.
     """
 
     step: int = 0
     tokens: int = 0
     next_row: int = 0
     skipped: int = 0
+    skipped_rows: list[list[int]] = field(default_factory=list)
+    spikes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,24 +104,35 @@ def take_snapshot(progress: Progress, facts: Facts) -> Snapshot:
 
 
 def resume_training(
-    folder: Path, tensors: Mapping[str, torch.Tensor], facts: Facts, rank: int, fresh_optimizer: bool = False
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Facts,
+    rank: int,
+    fresh_optimizer: bool = False,
+    before: int | None = None,
 ) -> Progress | None:
     """Load the newest whole checkpoint in `folder` into `tensors`; None when there is none. Collective.
 
     A damaged one is set aside under another name, with a warning, and the one before it is taken; rank 0 looks and
     renames. With `fresh_optimizer`, state that another optimizer saved is left where it is. On as many ranks as saved
-    it, random states are restored too and training continues bit for bit.
+    it, random states are restored too and training continues bit for bit. With
+    `before`, the newest of an earlier step than that.
 
     Raises:
         UserError: as `read_matching`, or no whole checkpoint is left; the same on every process.
     """
     filled: set[str] = set()
-    while (checkpoint := _first_says(lambda: latest_checkpoint(folder), rank)) is not None:
+    while (checkpoint := _first_says(lambda: _newest(folder, before), rank)) is not None:
         try:
             return _go_on_from(checkpoint, tensors, facts, rank, fresh_optimizer, filled)
         except CheckpointDamagedError as damaged:
             _fall_back(checkpoint, damaged, rank)
     return None
+
+
+def _newest(folder: Path, before: int | None) -> Path | None:
+    found = [path for path in list_checkpoints(folder) if before is None or checkpoint_step(path) < before]
+    return found[-1] if found else None
 
 
 def _go_on_from(

@@ -34,6 +34,11 @@ class RoutingTally:
         self._since_report = torch.zeros_like(self._step)
         self._silent_reports = torch.zeros(len(self.layers), config.moe.num_experts, dtype=torch.int64)
 
+    def forget(self) -> None:
+        """Nothing has been told yet: the run goes back to a checkpoint."""
+        for tensor in (self._step, self._since_report, self._silent_reports):
+            tensor.zero_()
+
     def add(self, told: dict[int, Tensor]) -> None:
         """Add what the routers of one pass told, by layer."""
         for layer, numbers in told.items():

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data import BatchLoader, TokenDataset, Tokenizer, TokenRows, check_tokenizer
+from ..data import BatchLoader, SkippedRows, TokenDataset, Tokenizer, TokenRows, check_tokenizer
 from ..errors import UserError
 from ..kernels.dispatch import choose_backend
 from ..kernels.launch import architecture
 from ..kernels.tiles import has_tiles
 from ..model.lm import HybridLM
 from ..parallel.comm import do_together
+from ..parallel.copies import CopyCheck
 from ..parallel.fsdp import materialise
 from ..parallel.mesh import Mesh, World, build_mesh
 from ..parallel.pipeline import Pipeline
@@ -35,6 +36,10 @@ from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
 from .saver import Saver
 from .sight import Lookout, open_sight
+from .spikes import SpikeGuard
+
+# Other processes end meanwhile, and a launcher may not wait for long.
+STALL_ALERT_S = 5.0
 
 
 @dataclass
@@ -61,9 +66,12 @@ class Run:
     lookout: Lookout | None
     profiler: StepProfiler
     saver: Saver
+    guard: SpikeGuard | None
+    copies: CopyCheck | None
 
     def save(self, must: bool) -> None:
         """Save a checkpoint of this step; `must`: it is to be there afterwards (see `Saver.save`). Collective."""
+        self.progress.spikes = self.guard.state() if self.guard else None
         with self.clock.phase("save"):
             self.saver.save(self.progress, must)
         self.clock.saved()
@@ -78,6 +86,11 @@ class Run:
         if self.metrics is not None and self.folder is not None:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
+
+    def tell_stall(self, line: str) -> None:
+        """Tell that this process is about to end because another is missing."""
+        self.alerts.send("stall", self.progress.step, line)
+        self.alerts.flush(STALL_ALERT_S)
 
     def trace(self, is_wanted: bool) -> None:
         """Count a step of a trace, say where it is when it is done, and begin one that `is_wanted`."""
@@ -104,6 +117,26 @@ class Run:
 def checkpoints(config: Config) -> Path:
     """The folder of a run's checkpoints."""
     return config.run.folder / "checkpoints"
+
+
+def skipped_rows_file(config: Config) -> Path:
+    """Where a run notes at once, before the next checkpoint, which rows it leaves out."""
+    return checkpoints(config) / "skipped_rows.json"
+
+
+def read_skipped(path: Path, saved: SkippedRows) -> SkippedRows:
+    """The rows that a run leaves out: those its checkpoint knows of, and those noted since.
+
+    Raises:
+        UserError: the note cannot be read.
+    """
+    if not path.exists():
+        return saved
+    try:
+        noted = SkippedRows.read(json.loads(path.read_text()))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to train on rows noted since the checkpoint") from None
+    return noted if noted.continues(saved) else saved
 
 
 def build_run(config: Config, world: World) -> Run:
@@ -149,6 +182,10 @@ def fill_run(
     facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
     fresh = config.checkpoint.fresh_optimizer
     progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
+    guard = SpikeGuard(config.spikes, world.device) if config.spikes.deviations else None
+    if guard:
+        guard.load(progress.spikes)
+    do_together(lambda: leave_out_rows(config, progress))
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
     updated_by = optimizer_facts(config, optimizers, mesh, world.device)
@@ -163,25 +200,58 @@ def fill_run(
     }
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
-    loader = BatchLoader(
+    loader = open_loader(config, mesh, rows, progress)
+    lookout = None
+    if folder is not None:
+        averaged = 4 * config.model.num_params() if decay else 0
+        size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
+        lookout = Lookout(config.alerts, folder.path, size)
+    return Run(
+        config=config,
+        world=world,
+        engine=engine,
+        optimizers=optimizers,
+        average=average,
+        tensors=tensors,
+        loader=loader,
+        heldout=heldout,
+        facts=facts,
+        progress=progress,
+        folder=folder,
+        metrics=metrics,
+        clock=clock,
+        alerts=alerts,
+        lookout=lookout,
+        profiler=StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device),
+        saver=Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts),
+        guard=guard,
+        copies=CopyCheck(engine.named_parameters()) if config.train.checksum_every else None,
+    )
+
+
+def leave_out_rows(config: Config, progress: Progress) -> None:
+    """Have `progress` know of the rows that were left out since its checkpoint; without one there are none.
+
+    Raises:
+        UserError: as `read_skipped`.
+    """
+    if progress.step:
+        skipped = read_skipped(skipped_rows_file(config), SkippedRows.read(progress.skipped_rows))
+        progress.skipped_rows = [list(stretch) for stretch in skipped.stretches]
+        progress.next_row = skipped.following(progress.next_row)
+
+
+def open_loader(config: Config, mesh: Mesh, rows: TokenRows, progress: Progress) -> BatchLoader:
+    """This rank's batches from where the run is."""
+    return BatchLoader(
         rows,
         batch_rows=config.train.batch_rows // mesh.data_ranks,
         rank=mesh.data_rank,
         world_size=mesh.data_ranks,
         start=progress.next_row,
         prefetch=config.data.prefetch,
+        skipped=SkippedRows.read(progress.skipped_rows),
     )
-    lookout = None
-    if folder is not None:
-        averaged = 4 * config.model.num_params() if decay else 0
-        size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
-        lookout = Lookout(config.alerts, folder.path, size)
-    profiler = StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device)
-    saver = Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts)
-    return Run(
-        config, world, engine, optimizers, average, tensors, loader, heldout, facts, progress, folder, metrics, clock,
-        alerts, lookout, profiler, saver,
-    )  # fmt: skip
 
 
 def open_data(config: Config) -> tuple[TokenRows, TokenDataset | None]:

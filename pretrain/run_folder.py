@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {
     "train.recompute",
     "train.compile",
     "train.nonfinite_limit",
+    "train.checksum_every",
 }
 
 

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -12,11 +13,13 @@ from ..errors import UserError
 from ..kernels.dispatch import use_backend
 from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
+from ..parallel.pulse import RECORD, Pulse
 from ..parallel.watch import Watch
 from .config import Config
 from .control import Control, Wish
 from .evaluate import evaluate
 from .resume import Progress
+from .rewind import handle_spikes
 from .run import Run, build_run, choose_kernels
 
 
@@ -27,6 +30,25 @@ class Pace:
     updates: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+class Skips:
+    """Updates skipped since the last record and in a row, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.since_record = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+
+    def add(self, skip: torch.Tensor) -> None:
+        """Count a step, 1 where it was skipped."""
+        self.since_record += skip
+        self.in_a_row = (self.in_a_row + skip) * skip
+
+    def take(self) -> int:
+        """How many there were since the last time. Waits for the device."""
+        found = int(self.since_record)
+        self.since_record.zero_()
+        return found
 
 
 def train(config: Config, world: World, until: int | None = None, watch: Watch | None = None) -> Progress:
@@ -46,54 +68,64 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
     """The loop of `train`. Collective."""
     config, progress, steps = run.config, run.progress, run.config.train.steps
     stop = steps if until is None else min(until, steps)
-    skipped_in_a_row = torch.zeros((), device=run.world.device)
-    skipped = torch.zeros((), device=run.world.device)
-    pace = Pace()
+    pulse = watch.pulse if watch else Pulse()
+    skips, pace = Skips(run.world.device), Pace()
+    if watch:
+        watch.last_words = run.tell_stall
     try:
         with Control(run.folder.path if run.folder else None) as control:
             run.clock.begin_training(progress.step, progress.tokens, steps)
             while progress.step < stop:
                 started = time.perf_counter()
                 loss_sum, targets, norm, skip = update(run)
-                skipped += skip
-                skipped_in_a_row = (skipped_in_a_row + skip) * skip
+                skips.add(skip)
+                pulse.step(progress.step)
                 run.clock.step(progress.step, progress.tokens)
-                if watch:
-                    watch.step(progress.step)
                 wish = control.agreed()
                 run.saver.poll()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
                 save = due(progress.step, config.checkpoint.every_steps, stop) or Wish.SAVE in wish
-                if log or save:
-                    count_skipped(run, int(skipped))  # waits for the device
-                    skipped.zero_()
-                pace.updates += 1
-                pace.tokens += targets
-                pace.seconds += time.perf_counter() - started
-                run.trace(Wish.PROFILE in wish)
-                if log:
-                    report_step(run, loss_sum, targets, norm, pace)
-                    pace = Pace()
-                    check_finite(config, progress, int(skipped_in_a_row))
+                if handle_spikes(run, pulse, settle=save):
+                    skips, pace = Skips(run.world.device), Pace()
+                    if wish.stops:
+                        stop = progress.step
+                        run.tell_stop(wish.reason)
+                    continue
+                with pulse.phase(RECORD) if log or save else nullcontext():
+                    if log or save:
+                        count_skipped(run, skips.take())  # waits for the device
+                    pace.updates += 1
+                    pace.tokens += targets
+                    pace.seconds += time.perf_counter() - started
+                    run.trace(Wish.PROFILE in wish)
+                    if log:
+                        report_step(run, loss_sum, targets, norm, pace)
+                        pace = Pace()
+                        check_finite(config, progress, int(skips.in_a_row))
+                        report_slow_ranks(run, watch)
+                if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
+                    run.copies.check(progress.step)
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
-                    with run.clock.phase("eval"):
+                    with pulse.phase("evaluation"), run.clock.phase("eval"):
                         report_heldout(run, run.heldout)
                 if save:
-                    run.save(must=progress.step == stop or Wish.SAVE in wish)
+                    with pulse.phase("save"):
+                        run.save(must=progress.step == stop or Wish.SAVE in wish)
                 if log or save:
                     run.look_around()
                 if wish.stops:
                     run.tell_stop(wish.reason)
             run.clock.set_status("finished" if progress.step >= steps else "stopped")
     finally:
-        run.close(sys.exception())
+        with pulse.phase("end"):
+            run.close(sys.exception())
     return progress
 
 
 def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-    """One update, or none where a gradient is not finite. Collective.
+    """One update, or none where a gradient is not finite or the loss jumps. Collective.
 
     Returns:
         this rank's share of the summed loss, the targets of all ranks, the gradients' norm before clipping, and 1 where
@@ -102,7 +134,10 @@ def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
     config, progress = run.config, run.progress
     loss_sum, targets = run.engine.forward_backward(next(run.loader))
     norm = run.engine.clip_gradients(config.train.clip_norm)
+    end_row = run.loader.next_row
     skip = (~norm.isfinite()).float()
+    if run.guard is not None:
+        skip = run.guard.judge(loss_sum, targets, norm, progress.step + 1, end_row)
     for optimizer in run.optimizers:
         optimizer.step(config.schedule.scale(progress.step + 1, config.train.steps), skip)
     run.engine.routing.finish_step(run.engine.models, skip)
@@ -110,7 +145,7 @@ def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
         run.average.update(skip)
     run.engine.zero_grad()
     progress.step += 1
-    progress.next_row += config.train.batch_rows
+    progress.next_row = end_row
     progress.tokens += targets
     return loss_sum, targets, norm, skip
 
@@ -120,7 +155,7 @@ def count_skipped(run: Run, updates: int) -> None:
     progress = run.progress
     progress.skipped += updates
     run.clock.count_skipped(updates)
-    if updates:
+    if updates and run.guard is None:  # which tells of each by itself
         text = f"{updates} updates had a non-finite gradient and were skipped, {progress.skipped} since the run began"
         run.alerts.send("nan", progress.step, text)
 
@@ -132,7 +167,8 @@ def due(step: int, every: int, last: int) -> bool:
 
 def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor, pace: Pace) -> None:
     """Write this step's record. Collective."""
-    loss = float(sum_over_ranks(loss_sum)) / max(1, targets)
+    total = sum_over_ranks(loss_sum) if run.guard is None else run.guard.loss_sum
+    loss = float(total) / max(1, targets)
     routing = run.engine.routing.report(run.engine.models)
     progress, config = run.progress, run.config
     if run.metrics is not None:
@@ -151,6 +187,15 @@ def report_step(run: Run, loss_sum: torch.Tensor, targets: int, norm: torch.Tens
         )
         if routing is not None:
             run.metrics.routing(progress.step, routing.record(), routing.warning())
+
+
+def report_slow_ranks(run: Run, watch: Watch | None) -> None:
+    """Write a record of every process that was found slow since the last time."""
+    for slow in watch.slow_ranks() if watch else []:
+        if run.metrics is not None:
+            run.metrics.slow_rank({"step": run.progress.step, **asdict(slow)})
+        text = f"rank {slow.rank} ({slow.host}) works {slow.own_s:.3g} s of a step itself, others {slow.others_s:.3g} s"
+        run.alerts.send("slow_rank", run.progress.step, text)
 
 
 def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> None:

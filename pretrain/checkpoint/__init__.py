@@ -1,6 +1,14 @@
 """Checkpoints that are whole or not there: safetensors pieces under a hashed JSON manifest, loaded into any layout."""
 
-from ..checkpoint_files.folders import check_whole, latest_checkpoint, list_checkpoints, previous_whole, set_aside
+from ..checkpoint_files.folders import (
+    check_whole,
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    previous_whole,
+    set_aside,
+)
+from ..checkpoint_files.folders import remove as remove_checkpoint
 from ..checkpoint_files.manifest import (
     CheckpointDamagedError,
     CheckpointError,
@@ -18,6 +26,7 @@ __all__ = [
     "CheckpointWriteError",
     "HostCopy",
     "check_whole",
+    "checkpoint_step",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
@@ -25,6 +34,7 @@ __all__ = [
     "previous_whole",
     "read_extra",
     "read_rank_tensors",
+    "remove_checkpoint",
     "save_checkpoint",
     "set_aside",
 ]

@@ -115,7 +115,7 @@ def offering_previous(path: Path) -> Iterator[None]:
 
 def previous_whole(path: Path) -> Path | None:
     """The newest checkpoint older than `path` that is whole by manifest, sizes and headers, or None."""
-    older = [other for other in list_checkpoints(path.parent) if _step(other) < _step(path)]
+    older = [other for other in list_checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
     return next(filter(_looks_whole, reversed(older)), None)
 
 
@@ -136,7 +136,8 @@ def check_whole(path: Path) -> None:
         PieceFile(path, name, entry).close()
 
 
-def _step(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else 0
 

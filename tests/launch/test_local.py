@@ -63,5 +63,5 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
 
 def test_a_launcher_does_not_mark_its_own_process() -> None:
     """A later command of the same process would take itself for a rank whose launcher is gone, and end."""
-    assert run_processes(["report", "nowhere"], 1) == 2
+    assert run_processes(["report", "nowhere"], 1).status == 2
     assert LAUNCHER not in os.environ

@@ -30,6 +30,10 @@ class RefreshClock:
         self._since += 1
         return number, age == 0
 
+    def forget(self) -> None:
+        """The count was loaded anew: what was read of it holds no more."""
+        self._is_known = False
+
     def age(self, number: int) -> torch.Tensor:
         """Updates so far in the basis of that number, on the device, float64."""
         return self.count.double() - number * (self.period or 0)

@@ -1,0 +1,103 @@
+"""A run that hangs: found by the time that steps take, every stack written down, the one that did not come named."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.parallel.hang import Stand, describe, find_missing
+from tiny import CONFIG
+
+HOST = os.uname().nodename
+# A rank that sleeps for ever in a forward pass once the file FALL_ASLEEP is there. It lives: its threads go on beating.
+SLEEPER = """
+import os, sys, time
+from headrace.launch.cli import main
+from headrace.pretrain.engine import Engine
+before = Engine.forward_backward
+def forward_backward(self, batch):
+    if os.environ["RANK"] == "1" and os.path.exists(os.environ["FALL_ASLEEP"]):
+        time.sleep(99999)  # here it sleeps
+    return before(self, batch)
+Engine.forward_backward = forward_backward
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_ranks(folder: Path, data: Path) -> list[subprocess.Popen[bytes]]:
+    """Two ranks that save never and end never."""
+    config, script = folder / "tiny.toml", folder / "sleeper.py"
+    config.write_text(
+        CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999")
+    )
+    script.write_text(SLEEPER)
+    command = [sys.executable, str(script), "train", str(config), "watch.margin_s=2", "checkpoint.every_steps=0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        told |= {"OMP_NUM_THREADS": "1", "FALL_ASLEEP": str(folder / "FALL_ASLEEP")}
+        with (folder / f"stderr{rank}").open("w") as stderr:
+            ranks.append(subprocess.Popen(command, stderr=stderr, env={**os.environ, **told}))
+    return ranks
+
+
+@pytest.mark.parametrize("how", ["sleeps", "is stopped"])
+def test_a_hang_is_found_written_down_and_ended(tmp_path: Path, data: Path, how: str) -> None:
+    """Long before `parallel.timeout_s`, which is 10 minutes here."""
+    ranks = start_ranks(tmp_path, data)
+    try:
+        metrics = tmp_path / "tiny" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count('"train"') < 25:
+            assert ranks[0].poll() is None, (tmp_path / "stderr0").read_text()
+            time.sleep(0.05)
+        if how == "sleeps":
+            (tmp_path / "FALL_ASLEEP").touch()
+        else:
+            ranks[1].send_signal(signal.SIGSTOP)
+        ended = ranks if how == "sleeps" else ranks[:1]
+        assert [process.wait(120) for process in ended] == [1] * len(ended)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = tmp_path / "tiny" / "logs"
+    page = (logs / "hang.txt").read_text()
+    said = (tmp_path / "stderr0").read_text()
+    assert said.count("headrace: error: ") == 1
+    assert "start the run again to go on from its newest checkpoint" in said
+    assert str(logs / "hang.txt") in said
+    assert "in take_steps" in (logs / "hang-rank-0.txt").read_text()
+    if how == "sleeps":
+        assert page.startswith(f"rank 1 ({HOST}) did not come to where the others wait in step ")
+        assert "sleeper.py:8 in forward_backward: time.sleep(99999)" in page.partition("\n")[0]
+        assert "sleeper.py" in (logs / "hang-rank-1.txt").read_text()
+    else:
+        assert page.startswith(f"rank 1 ({HOST}) does not answer; no step was finished for ")
+        assert not (logs / "hang-rank-1.txt").exists()
+    assert "gloo keeps no flight recorder" in page
+
+
+def stand(step: int, waits: bool) -> Stand:
+    return Stand(step, "step", waits, (f"model.py:{step} in forward: y = f(x)",), "")
+
+
+def test_who_is_missing() -> None:
+    waiting = {rank: stand(7, True) for rank in range(4)}
+    assert find_missing(5, waiting)[0] == [4]
+    assert find_missing(4, waiting | {2: stand(6, True)}) == ([2], "did not come to step 8, where the others wait,")
+    assert find_missing(4, waiting | {2: stand(7, False)})[0] == [2]
+    assert find_missing(4, waiting) == ([], "")
+    assert find_missing(4, dict.fromkeys(range(4), stand(7, False))) == ([], "")
+    hosts = dict.fromkeys(range(4), "node1")
+    assert describe(4, waiting, hosts, 12.0) == "no step was finished for 12 s, and no rank stands out"
+    line = describe(4, waiting | {2: stand(7, False)}, hosts, 12.0)
+    assert line.startswith("rank 2 (node1) did not come to where the others wait in step 8, and stands at model.py:7")
+    assert Stand.unpack(waiting[0].pack().encode()) == waiting[0]

@@ -1,0 +1,63 @@
+"""A run that crashes is started again from its newest checkpoint, and ends as if it had not crashed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from headrace.launch import local
+from headrace.launch.local import Ending, run_again_and_again
+from headrace.pretrain.checkpoint import latest_checkpoint, load_full
+from tiny import CONFIG
+
+
+def start(folder: Path, data: Path, name: str) -> subprocess.Popen[str]:
+    config = folder / "tiny.toml"
+    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
+    overrides = ["train.steps=40", "checkpoint.every_steps=5", f"run.name={name}"]
+    command = [sys.executable, "-m", "headrace", "train", str(config), *overrides, "--nproc", "2", "--restarts", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> None:
+    whole, launcher = start(tmp_path, data, "whole"), start(tmp_path, data, "killed")
+    while latest_checkpoint(tmp_path / "killed" / "checkpoints") is None:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    said, _ = (process.communicate(timeout=200)[1] for process in (launcher, whole))
+    assert launcher.returncode == whole.returncode == 0
+    assert said.count("headrace: started again from the newest checkpoint\n") == 1
+    found, expected = (load_full(latest_checkpoint(tmp_path / name / "checkpoints")) for name in ("killed", "whole"))
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("endings", "status", "starts"),
+    [
+        ([Ending(1, 7), Ending(0)], 0, 2),
+        ([Ending(2, 7)], 2, 1),
+        ([Ending(143, 7, asked=True)], 143, 1),
+        ([Ending(1, 7), Ending(1, 7), Ending(1, 5)], 1, 3),  # two in vain, after one with new steps
+        ([Ending(1, None), Ending(1, None)], 1, 2),
+        ([Ending(1, 7), Ending(1, 6), Ending(1, 8), Ending(1, None), Ending(0)], 0, 5),
+    ],
+)
+def test_when_it_is_given_up(endings: list[Ending], status: int, starts: int, capsys: pytest.CaptureFixture) -> None:
+    with mock.patch.object(local, "run_processes", side_effect=endings) as run:
+        assert run_again_and_again(["train"], 2, 2) == status
+    assert run.call_count == starts
+    assert ("given up" in capsys.readouterr().err) == (status == 1)
+
+
+def test_without_restarts_it_is_one_start() -> None:
+    with mock.patch.object(local, "run_processes", side_effect=[Ending(1, 7)]):
+        assert run_again_and_again(["train"], 2, 0) == 1

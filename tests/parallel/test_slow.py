@@ -1,0 +1,82 @@
+"""Which ranks make the others wait: by what they tell of themselves, and in a run with a rank that dawdles."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from headrace.parallel.heartbeat import Beat
+from headrace.parallel.slow import PERSISTENT, SlowRank, SlowRanks
+from tiny import CONFIG
+
+DAWDLER = """
+import os, sys, time
+from headrace.launch.cli import main
+from headrace.pretrain.engine import Engine
+before = Engine.forward_backward
+def forward_backward(self, batch):
+    if os.environ["RANK"] == "1":
+        time.sleep(0.3)
+    return before(self, batch)
+Engine.forward_backward = forward_backward
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def told(*own_s: float | None) -> dict:
+    return {rank: ("node", None if own is None else (own, 1.0)) for rank, own in enumerate(own_s)}
+
+
+def test_only_who_stays_slow_is_told_of_and_once() -> None:
+    slow = SlowRanks()
+    for _ in range(PERSISTENT - 1):
+        assert slow.compare(told(0.5, 0.5, 0.9, None)) == []
+    assert slow.compare(told(0.5, 0.5, 0.5, None)) == []
+    for _ in range(PERSISTENT - 1):
+        assert slow.compare(told(0.5, 0.5, 0.9, None)) == []
+    assert slow.compare(told(0.5, 0.4, 0.9, None)) == [SlowRank(2, "node", 0.9, 0.45)]
+    assert slow.compare(told(0.5, 0.5, 0.9, None)) == []
+
+
+def test_a_little_is_not_slow() -> None:
+    slow = SlowRanks()
+    for _ in range(2 * PERSISTENT):
+        assert slow.compare(told(0.10, 0.10, 0.25)) == []  # far above 1.3 times, but nobody loses much
+        assert slow.compare(told(0.80, 0.80, 1.00)) == []
+        assert slow.compare(told(0.90)) == []
+
+
+def test_beats_carry_it() -> None:
+    beat = Beat(3, 7, "node", seconds=(0.25, 0.5))
+    assert Beat.unpack(beat.pack().encode()) == beat
+
+
+def test_a_rank_that_dawdles_is_named(tmp_path: Path, data: Path) -> None:
+    config, script = tmp_path / "tiny.toml", tmp_path / "dawdler.py"
+    config.write_text(
+        CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 9999")
+    )
+    script.write_text(DAWDLER)
+    port = str(20000 + os.getpid() % 10000)
+    ranks = []
+    for rank in range(2):
+        told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(script), "train", str(config), "checkpoint.every_steps=0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **told}
+        ranks.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment))
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    found: list[dict] = []
+    try:
+        while not found:
+            assert ranks[0].poll() is None
+            time.sleep(0.1)
+            lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []
+            found = [record for record in map(json.loads, lines) if record["kind"] == "slow_rank"]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert (found[0]["rank"], found[0]["host"]) == (1, os.uname().nodename)
+    assert found[0]["own_s"] > 1.3 * found[0]["others_s"]
