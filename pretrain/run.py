@@ -201,11 +201,7 @@ def fill_run(
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
     loader = open_loader(config, mesh, rows, progress)
-    lookout = None
-    if folder is not None:
-        averaged = 4 * config.model.num_params() if decay else 0
-        size = parameter_bytes(config) + int(updated_by["state_bytes"]) + averaged
-        lookout = Lookout(config.alerts, folder.path, size)
+    size = checkpoint_bytes(config, int(updated_by["state_bytes"]))
     return Run(
         config=config,
         world=world,
@@ -221,7 +217,7 @@ def fill_run(
         metrics=metrics,
         clock=clock,
         alerts=alerts,
-        lookout=lookout,
+        lookout=Lookout(config.alerts, folder.path, size) if folder else None,
         profiler=StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device),
         saver=Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts),
         guard=guard,
@@ -314,6 +310,12 @@ def optimizer_facts(
         "state_bytes": int(whole),
         "state_bytes_per_parameter": int(whole) / config.model.num_params(),
     }
+
+
+def checkpoint_bytes(config: Config, state_bytes: int) -> int:
+    """Bytes of all tensors of a checkpoint whose optimizers keep `state_bytes`."""
+    averaged = 4 * config.model.num_params() if config.train.average_decay else 0
+    return parameter_bytes(config) + state_bytes + averaged
 
 
 def parameter_bytes(config: Config) -> int:

@@ -44,7 +44,7 @@ def find_flips(config: Config, flips: dict[int, str], bit: int) -> str:
         assert caught.value.everywhere
         return str(caught.value)
     finally:
-        run.close()
+        run.close(None)
 
 
 @pytest.mark.parametrize(

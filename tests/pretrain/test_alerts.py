@@ -264,4 +264,4 @@ def test_all_kinds_can_be_sent(tmp_path: Path) -> None:
     for kind in KINDS:
         alerts.send(kind, 1, "text")
     clock.close()
-    assert (tmp_path / STARTS).read_text().count('"kind": "alert"') == len(KINDS) == 8
+    assert (tmp_path / STARTS).read_text().count('"kind": "alert"') == len(KINDS)
