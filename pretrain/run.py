@@ -182,9 +182,6 @@ def fill_run(
     facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
     fresh = config.checkpoint.fresh_optimizer
     progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
-    guard = SpikeGuard(config.spikes, world.device) if config.spikes.deviations else None
-    if guard:
-        guard.load(progress.spikes)
     do_together(lambda: leave_out_rows(config, progress))
     kernels = choose_kernels(config, world.device)
     carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
@@ -220,9 +217,18 @@ def fill_run(
         lookout=Lookout(config.alerts, folder.path, size) if folder else None,
         profiler=StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device),
         saver=Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts),
-        guard=guard,
+        guard=open_guard(config, progress, world.device),
         copies=CopyCheck(engine.named_parameters()) if config.train.checksum_every else None,
     )
+
+
+def open_guard(config: Config, progress: Progress, device: torch.device) -> SpikeGuard | None:
+    """What judges the losses, where spikes are looked for, with what `progress` knows of earlier ones."""
+    if not config.spikes.deviations:
+        return None
+    guard = SpikeGuard(config.spikes, device)
+    guard.load(progress.spikes)
+    return guard
 
 
 def leave_out_rows(config: Config, progress: Progress) -> None:
