@@ -49,6 +49,7 @@ def start_ranks(folder: Path, data: Path) -> list[subprocess.Popen[bytes]]:
     return ranks
 
 
+@pytest.mark.fault("SIGSTOP of a rank; a rank that sleeps for ever", "found, named with every rank's stacks; all end")
 @pytest.mark.parametrize("how", ["sleeps", "is stopped"])
 def test_a_hang_is_found_written_down_and_ended(tmp_path: Path, data: Path, how: str) -> None:
     """Long before `parallel.timeout_s`, which is 10 minutes here."""

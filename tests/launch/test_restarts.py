@@ -25,6 +25,7 @@ def start(folder: Path, data: Path, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.fault("kill -9 of a rank under `--restarts`", "started again; the same weights")
 def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> None:
     whole, launcher = start(tmp_path, data, "whole"), start(tmp_path, data, "killed")
     while latest_checkpoint(tmp_path / "killed" / "checkpoints") is None:

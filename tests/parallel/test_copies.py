@@ -47,6 +47,9 @@ def find_flips(config: Config, flips: dict[int, str], bit: int) -> str:
         run.close(None)
 
 
+@pytest.mark.fault(
+    "a flipped bit in one of several copies of a parameter", "found before the next save; parameter and rank named"
+)
 @pytest.mark.parametrize(
     ("ranks", "layout", "flips", "holders", "whom"),
     [

@@ -37,8 +37,11 @@ def original(tmp_path_factory):
     return _save(tmp_path_factory.mktemp("original"))
 
 
+@pytest.mark.fault(
+    "bytes of a checkpoint flipped, cut off, taken out, zeroed, put in", "refused; file and reason named"
+)
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
-def test_damage_is_refused(original, tmp_path, name):
+def test_damage_is_refused(original, tmp_path, name, record_property):
     draw = random.Random(name)
     path = tmp_path / "step-00000009"
     shutil.copytree(original, path)
@@ -64,9 +67,11 @@ def test_damage_is_refused(original, tmp_path, name):
             assert "\n" not in str(caught.value)
             refused += 1
     assert refused > 300
+    record_property("tried", refused)
 
 
-def test_every_single_bit_of_the_pieces(original, tmp_path):
+@pytest.mark.fault("a flipped bit in each byte of a checkpoint's pieces", "refused")
+def test_every_single_bit_of_the_pieces(original, tmp_path, record_property):
     """No byte of the file is unguarded: header, padding, tensors, rank tensors."""
     path = tmp_path / "step-00000009"
     shutil.copytree(original, path)
@@ -76,6 +81,7 @@ def test_every_single_bit_of_the_pieces(original, tmp_path):
         file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
         with pytest.raises(CheckpointDamagedError):
             _read_everything(path)
+    record_property("tried", len(whole))
 
 
 def test_load_checkpoint_checks_what_it_reads(original, tmp_path):

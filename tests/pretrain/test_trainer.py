@@ -240,6 +240,7 @@ def test_a_run_that_stays_non_finite_stops(gloo: Callable, tmp_path: Path, data:
     assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000002"
 
 
+@pytest.mark.fault("two jobs in one run folder", "the second is refused")
 def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
     holder = open_run_folder(config)
@@ -249,6 +250,7 @@ def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Pa
     assert gloo(1, run_to_end, config) == [6]
 
 
+@pytest.mark.fault("another configuration at resume", "refused; the differences named")
 @pytest.mark.parametrize(
     ("override", "part"),
     [
