@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..pretrain.agreement import source_files, source_hash
+from ..pretrain.checkpoint.host_copy import available_memory
 from .findings import Finding
 
 DAY_S = 86400.0
@@ -98,17 +99,14 @@ def check_memory(device: torch.device, held_bytes: int, neighbours: int) -> Find
         free, total = torch.cuda.mem_get_info(device)
         words = f"of {total / 1e9:.1f} GB on the device {free / 1e9:.1f} are free"
     else:
-        free = available_memory() // neighbours
+        known = available_memory()
+        if known is None:
+            return Finding(
+                "memory", "warn", f"a rank holds {held_bytes / 1e9:.3f} GB; how much is free is not known here"
+            )
+        free = known // neighbours
         words = f"{free / 1e9:.1f} GB of memory are free for each of {neighbours} processes here"
     text = f"a rank holds {held_bytes / 1e9:.3f} GB before activations; {words}"
     if held_bytes > free:
         return Finding("memory", "FAIL", f"{text}; use more ranks (parallel.dp_shard, tp, pp) or another optimizer")
     return Finding("memory", "warn" if held_bytes > ROOM * free else "ok", text)
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine could still give."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint's tensors, counters of a few bytes aside."""
+        """Of one checkpoint's tensors, averages among them, counters of a few bytes aside."""
         return parameter_bytes(self.config) + self.explanation.optimizer_bytes
 
 

@@ -14,10 +14,10 @@ from ..parallel.comm import do_together
 from .average import WeightAverage
 from .checkpoint import (
     CheckpointDamagedError,
-    CheckpointError,
     CheckpointUnreadableError,
     check_whole,
     checkpoint_step,
+    is_whole,
     list_checkpoints,
     load_checkpoint,
     previous_whole,
@@ -114,9 +114,9 @@ def resume_training(
     """Load the newest whole checkpoint in `folder` into `tensors`; None when there is none. Collective.
 
     A damaged one is set aside under another name, with a warning, and the one before it is taken; rank 0 looks and
-    renames. With `fresh_optimizer`, state that another optimizer saved is left where it is. On as many ranks as saved
-    it, random states are restored too and training continues bit for bit. With
-    `before`, the newest of an earlier step than that.
+    renames. With `fresh_optimizer`, state that another optimizer saved is left where it is; with `before`, only
+    checkpoints of earlier steps than that are looked at. On as many ranks as saved it, random states are restored too
+    and training continues bit for bit.
 
     Raises:
         UserError: as `read_matching`, or no whole checkpoint is left; the same on every process.
@@ -195,7 +195,7 @@ def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, rank: int) -> 
     """Set `checkpoint` aside, where an older one is whole. Collective."""
 
     def act() -> None:
-        if isinstance(damaged, CheckpointUnreadableError) and _is_whole(checkpoint):
+        if isinstance(damaged, CheckpointUnreadableError) and is_whole(checkpoint):
             raise UserError(
                 f"{damaged.damage} on another rank, but is there on rank 0; let all machines read the folder"
             )
@@ -209,14 +209,6 @@ def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, rank: int) -> 
         logger.warning("%s; it is kept as %s, and the run goes on from %s", damaged.damage, aside.name, good)
 
     _first_says(act, rank)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        check_whole(checkpoint)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _first_says(action: Callable[[], T], rank: int) -> T:

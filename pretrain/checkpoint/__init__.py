@@ -3,6 +3,7 @@
 from ..checkpoint_files.folders import (
     check_whole,
     checkpoint_step,
+    is_whole,
     latest_checkpoint,
     list_checkpoints,
     previous_whole,
@@ -27,6 +28,7 @@ __all__ = [
     "HostCopy",
     "check_whole",
     "checkpoint_step",
+    "is_whole",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",

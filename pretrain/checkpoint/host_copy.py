@@ -57,14 +57,19 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _check_memory(num_bytes: int) -> None:
+def available_memory() -> int | None:
+    """Bytes of memory that this machine could still give; None where that is not known (not Linux)."""
     try:
         with open(MEMORY) as file:
             fields = dict(line.split(":", 1) for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: no word on it
-        return
-    if num_bytes > free:
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _check_memory(num_bytes: int) -> None:
+    free = available_memory()
+    if free is not None and num_bytes > free:
         raise UserError(
             f"checkpoint.asynchronous=true needs {num_bytes / 1e9:,.1f} GB of memory on this machine for a copy of "
             f"what is saved, and {free / 1e9:,.1f} GB are free; set checkpoint.asynchronous=false"

@@ -116,7 +116,7 @@ def offering_previous(path: Path) -> Iterator[None]:
 def previous_whole(path: Path) -> Path | None:
     """The newest checkpoint older than `path` that is whole by manifest, sizes and headers, or None."""
     older = [other for other in list_checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
-    return next(filter(_looks_whole, reversed(older)), None)
+    return next(filter(is_whole, reversed(older)), None)
 
 
 def set_aside(path: Path) -> Path:
@@ -142,7 +142,8 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _looks_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether `check_whole` finds nothing."""
     try:
         check_whole(path)
     except CheckpointError:
