@@ -6,31 +6,26 @@ shorter than the quickstart's, so that 2,000 steps take minutes.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from headrace.pretrain.config import load_config
+from learning import ROOT, Curve, side_by_side
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = (
     "data.seq_len=256",
     "optimizer.kind=adamw",
-    "optimizer.lr=3e-3",
+    "optimizer.lr=1e-3",
     "eval.window=256",
-    "eval.max_tokens=60000",
+    "eval.max_tokens=40000",
     "log.every_steps=20",
     "checkpoint.keep_last=1",
 )
 BITS = {32: "32-bit moments", 8: "8-bit moments"}
-Curve = list[tuple[int, float]]
 
 
-def held_out(bits: int, seed: int, steps: int) -> Curve:
-    """Held-out loss by step, of a run that is started if need be."""
-    every = max(1, steps // 10)
-    options = [
+def options_of(bits: int, seed: int, steps: int) -> list[str]:
+    """The overrides of a run."""
+    every = max(1, steps // 8)
+    return [
         *BASE,
         f"run.name=adamw-{bits}bit-seed{seed}-{steps}",
         f"run.seed={seed}",
@@ -38,13 +33,8 @@ def held_out(bits: int, seed: int, steps: int) -> Curve:
         f"optimizer.state_bits={bits}",
         f"train.steps={steps}",
         f"eval.every_steps={every}",
-        f"checkpoint.every_steps={every * 5}",
+        f"checkpoint.every_steps={every}",
     ]
-    command = [sys.executable, "-m", "headrace", "train", "configs/quickstart.toml", *options, "--nproc", "2"]
-    subprocess.run(command, check=True, cwd=ROOT)
-    folder = ROOT / load_config(ROOT / "configs" / "quickstart.toml", options).run.folder
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
 
 
 def draw(curves: dict[int, list[Curve]], path: Path) -> None:
@@ -79,12 +69,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "adamw_8bit.png")
     options = parser.parse_args()
-    curves: dict[int, list[Curve]] = {bits: [] for bits in BITS}
-    for seed in range(options.seeds):
-        for bits in BITS:
-            curves[bits].append(held_out(bits, seed, options.steps))
+    seeds = range(options.seeds)
+    runs = side_by_side({(bits, seed): options_of(bits, seed, options.steps) for seed in seeds for bits in BITS})
+    curves = {bits: [runs[bits, seed] for seed in seeds] for bits in BITS}
+    for seed in seeds:
         exact, eight = curves[32][seed][-1][1], curves[8][seed][-1][1]
-        print(f"seed {seed}: 32 bits {exact:.4f}, 8 bits {eight:.4f}, {100 * (eight / exact - 1):+.2f} %", flush=True)
+        print(f"seed {seed}: 32 bits {exact:.4f}, 8 bits {eight:.4f}, {100 * (eight / exact - 1):+.2f} %")
     mean = {bits: sum(curve[-1][1] for curve in all_) / len(all_) for bits, all_ in curves.items()}
     print(f"mean: 32 bits {mean[32]:.4f}, 8 bits {mean[8]:.4f}, {100 * (mean[8] / mean[32] - 1):+.2f} %")
     draw(curves, options.out)
