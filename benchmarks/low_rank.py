@@ -1,20 +1,17 @@
 """Low-rank and reduced-state optimizers beside AdamW: held-out loss, state, bytes sent and time of an update.
 
 `python benchmarks/low_rank.py` needs the corpus of `make train` (`headrace prepare`); runs that are there are not run
-again. The quickstart's model with shorter rows; AdamW updates what is not a matrix in all runs. With several
-`--factors` every learning rate below is tried times each, and the best loss counts. State is that of the matrices;
+again. The quickstart's model with shorter rows; AdamW updates what is not a matrix in all runs. Every learning rate
+below is tried times each of `--factors`, and the best held-out loss counts. State is that of the matrices;
 bytes are what rank 0 of two FSDP ranks sends for the update itself, gradients not counted; times are of one process.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
+from learning import CONFIG, side_by_side
 from torch.distributed.tensor import DTensor, Shard
 
 from headrace.model.lm import HybridLM
@@ -24,8 +21,6 @@ from headrace.parallel.traffic import Traffic
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.optimizers import AdamW, LowRank, Optimizer, OptimizerConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "quickstart.toml"
 # A quarter of the model's width, as Subspace-Momentum's paper has it; narrower matrices go to AdamW.
 RANK = 48
 BASE = (
@@ -35,7 +30,7 @@ BASE = (
     f"optimizer.low_rank.min_side={RANK}",
     "optimizer.low_rank.refresh_steps=100",
     "eval.window=256",
-    "eval.max_tokens=60000",
+    "eval.max_tokens=40000",
     "log.every_steps=20",
     "checkpoint.keep_last=1",
 )
@@ -94,16 +89,6 @@ def options_of(name: str, factor: float, steps: int) -> list[str]:
     ]
 
 
-def held_out(name: str, factor: float, steps: int) -> float:
-    """The last held-out loss of a run that is started if need be."""
-    options = options_of(name, factor, steps)
-    command = [sys.executable, "-m", "headrace", "train", "configs/quickstart.toml", *options, "--nproc", "2"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    folder = ROOT / load_config(CONFIG, options).run.folder
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "eval"][-1]
-
-
 def matrices_of(config: Config) -> dict[str, torch.Tensor]:
     """The parameters that low-rank methods update, with gradients."""
     torch.manual_seed(0)
@@ -157,9 +142,8 @@ def sent_by_update(matrices: dict[str, torch.Tensor], config: OptimizerConfig) -
     return sum(entry.sent for entry in traffic.sent)
 
 
-def row_of(name: str, factors: list[float], steps: int, adam_bytes: int) -> str:
-    """A line of the table."""
-    losses = {factor: held_out(name, factor, steps) for factor in factors}
+def row_of(name: str, losses: dict[float, float], steps: int, adam_bytes: int) -> str:
+    """A line of the table; losses are by factor."""
     best = min(losses, key=lambda factor: losses[factor])
     config = load_config(CONFIG, options_of(name, best, steps))
     matrices = matrices_of(config)
@@ -180,7 +164,7 @@ def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--only", nargs="+", choices=tuple(RIVALS), default=tuple(RIVALS))
     options = parser.parse_args()
     torch.set_num_threads(1)  # times on shared cores: several threads would wait for each other
@@ -191,8 +175,11 @@ def main() -> None:
         "with a new basis | its paper |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    tried = [(name, factor) for name in options.only for factor in options.factors]
+    curves = side_by_side({(name, factor): options_of(name, factor, options.steps) for name, factor in tried})
     for name in options.only:
-        print(row_of(name, options.factors, options.steps, adam_bytes), flush=True)
+        losses = {factor: curves[name, factor][-1][1] for factor in options.factors}
+        print(row_of(name, losses, options.steps, adam_bytes), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ MoE-Mamba (arXiv:2401.04081) reports 2.2 to 2.35 times fewer steps at 25M to 100
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
+from learning import CONFIG, ROOT, Curve, held_out
+
 from headrace.pretrain.config import load_config
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = (
     "data.seq_len=256",
     "model.d_model=128",
@@ -34,7 +32,6 @@ BASE = (
     "checkpoint.keep_last=1",
 )
 PATTERNS = {"dense": "4*({mixer} mlp)", "moe": "4*({mixer} moe)"}
-Curve = list[tuple[int, float]]
 
 
 def options_of(name: str, mixer: str, steps: int) -> list[str]:
@@ -49,18 +46,6 @@ def options_of(name: str, mixer: str, steps: int) -> list[str]:
         f"eval.every_steps={every}",
         f"checkpoint.every_steps={every * 5}",
     ]
-
-
-def held_out(name: str, mixer: str, steps: int) -> Curve:
-    """Held-out loss by step, of a run that is started if need be."""
-    options = options_of(name, mixer, steps)
-    command = [sys.executable, "-m", "headrace", "train", "configs/quickstart.toml", *options, "--nproc", "2"]
-    subprocess.run(command, check=True, cwd=ROOT)
-    config = load_config(ROOT / "configs" / "quickstart.toml", options)
-    model = config.model
-    print(f"{name}: {model.num_params():,} parameters, {model.num_active_params():,} active", flush=True)
-    records = map(json.loads, (ROOT / config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"]) for record in records if record["kind"] == "eval"]
 
 
 def step_at(curve: Curve, loss: float) -> float | None:
@@ -101,8 +86,11 @@ def main() -> None:
     parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba1")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "moe.png")
     options = parser.parse_args()
-    curves = {name: held_out(name, options.mixer, options.steps) for name in PATTERNS}
+    runs = {name: options_of(name, options.mixer, options.steps) for name in PATTERNS}
+    curves = {name: held_out(run) for name, run in runs.items()}
     for name, curve in curves.items():
+        model = load_config(CONFIG, runs[name]).model
+        print(f"{name}: {model.num_params():,} parameters, {model.num_active_params():,} active")
         print(f"{name}: {', '.join(f'{step}: {loss:.4f}' for step, loss in curve)}")
     last = curves["dense"][-1][1]
     met = step_at(curves["moe"], last)
