@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..parallel.mesh import World, start_world, stop_world
+from ..pretrain.build import parameter_bytes
 from ..pretrain.config import Config, load_config
 from ..pretrain.explain import Explanation, explain
-from ..pretrain.run import parameter_bytes
 from .findings import Finding, attempt, format_findings, join_findings
 from .machine import check_code_date, check_device, check_memory, check_port, check_versions
 from .network import check_clocks, check_network, gather

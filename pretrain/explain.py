@@ -24,11 +24,11 @@ from ..parallel.spread import spread_model
 from ..parallel.stages import cut_stages, stages_of_rank
 from ..parallel.tensor import sum_replicated_gradients
 from ..parallel.traffic import Sent, Traffic
+from .build import build_stage, compute_dtype
 from .config import Config
 from .engine import Engine
 from .optimizers import Optimizer, build_optimizers, state_size
 from .optimizers.sharded import local_part
-from .run import build_stage, compute_dtype
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from ..parallel.comm import sum_over_ranks
 from ..parallel.mesh import World
 from ..parallel.pulse import RECORD, Pulse
 from ..parallel.watch import Watch
+from .build import choose_kernels
 from .config import Config
 from .control import Control, Wish
 from .evaluate import evaluate
 from .resume import Progress
 from .rewind import handle_spikes
-from .run import Run, build_run, choose_kernels
+from .run import Run, build_run
 
 
 @dataclass

@@ -82,7 +82,7 @@ class Case:
 
 
 def build_engine(case: Case, mesh: Mesh, world: World) -> Engine:
-    """As `pretrain.run.build_engine`, in float64."""
+    """As `pretrain.build.build_engine`, in float64."""
 
     def build(stage: range | None) -> HybridLM:
         with torch.device("meta"):

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from headrace.parallel.mesh import World, build_mesh
+from headrace.pretrain.build import build_engine
 from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.optimizers import build_optimizers
 from headrace.pretrain.resume import training_tensors
-from headrace.pretrain.run import build_engine, checkpoints
+from headrace.pretrain.run import checkpoints
 from headrace.pretrain.trainer import train
 from tiny import prepare_tiny, tiny_config
 

@@ -19,11 +19,11 @@ from headrace.model.presets import PRESETS
 from headrace.parallel.dry_run import share_that_needs
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.traffic import Sent, Traffic
+from headrace.pretrain.build import build_engine
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.explain import default_world, explain
 from headrace.pretrain.optimizers import build_optimizers
 from headrace.pretrain.optimizers.sharded import local_part
-from headrace.pretrain.run import build_engine
 
 CONFIG = """
 [run]

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
+from headrace.pretrain.build import check_compiler
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.metrics import Metrics
-from headrace.pretrain.run import check_compiler
 from headrace.pretrain.run_folder import open_run_folder
 from headrace.pretrain.trainer import train
 from tiny import prepare_tiny, tiny_config, write_corpus
