@@ -91,9 +91,10 @@ def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_launch(subparsers) -> None:  # type: ignore[no-untyped-def]
-    summary = "submit a run to slurm: it saves ahead of time limits, is queued again, and gives up on crash loops"
+    summary = "submit a run to slurm, or start it here: it goes on after time limits, crashes and hangs"
     launch = _command(subparsers, "launch", commands.launch, summary)
     launch.add_argument("config", help="a TOML file")
+    launch.add_argument("--nproc", type=int, help="no slurm: as `train --nproc N --restarts CRASH_LIMIT`")
     launch.add_argument("--nodes", type=int, default=1)
     launch.add_argument("--gpus-per-node", type=int, default=0, help="and as many processes (default: none, on CPUs)")
     launch.add_argument("--tasks-per-node", type=int, default=1, help="processes on each node without GPUs")

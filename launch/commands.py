@@ -37,13 +37,8 @@ def train(options: argparse.Namespace) -> int:
     if options.until is not None and options.until < 1:
         raise UserError(f"--until={options.until} must be at least 1")
     if options.nproc is not None and "RANK" not in os.environ:
-        from .local import check_nproc, run_again_and_again
-
-        check_nproc(options.nproc, options.restarts)
-        load_config(path, options.overrides, options.nproc)
         until = [] if options.until is None else ["--until", str(options.until)]
-        arguments = ["train", options.config, *until, *options.overrides]
-        return run_again_and_again(arguments, options.nproc, options.restarts)
+        return _train_here(options, until)
     if options.restarts and "RANK" not in os.environ:
         raise UserError("--restarts needs --nproc: a process cannot start itself again")
 
@@ -72,12 +67,28 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_here(options: argparse.Namespace, until: list[str]) -> int:
+    from ..pretrain.config import load_config
+    from .local import check_nproc, run_again_and_again
+
+    check_nproc(options.nproc, options.restarts)
+    load_config(Path(options.config), options.overrides, options.nproc)
+    arguments = ["train", options.config, *until, *options.overrides]
+    return run_again_and_again(arguments, options.nproc, options.restarts)
+
+
 def launch(options: argparse.Namespace) -> int:
-    """`headrace launch`: a run as a slurm job."""
+    """`headrace launch`: a run as a slurm job, or with --nproc on this machine."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..errors import UserError
     from ..pretrain.config import load_config
     from .batch import BatchConfig, batch_script, submit, write_script
 
+    if options.nproc is not None:
+        if options.dry_run:
+            raise UserError("--dry-run shows a batch script, and --nproc starts the run here; leave one of them out")
+        options.restarts = options.crash_limit
+        return _train_here(options, [])
     further = tuple((name, value) for name, _, value in (entry.partition("=") for entry in options.sbatch))
     batch = BatchConfig(
         nodes=options.nodes,

@@ -95,6 +95,12 @@ def _held_by_block(held: Iterable[Held]) -> dict[str, list[Row]]:
     return rows
 
 
+def _host_copy_lines(found: Explanation, saved_bytes: int) -> list[str]:
+    if not (found.config.checkpoint.asynchronous and found.config.checkpoint.is_periodic):
+        return []
+    return [f"  and in the host's memory, for saves beside training: {_bytes(saved_bytes)}"]
+
+
 def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[str]:
     rows = _held_by_block(found.held)
     table: list[Row | str] = [("parameters", "whole", "placement", "here", "bytes"), *rows[""]]
@@ -113,6 +119,7 @@ def _parameter_lines(found: Explanation, groups: dict[str, list[int]]) -> list[s
         f"  on this rank: parameters {_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer state "
         f"{_bytes(optimizer)}, together {_bytes(parameters + gradients + optimizer)}",
         *([note] if apart else []),
+        *_host_copy_lines(found, parameters + optimizer),
         f"  the whole model has {whole:,} parameters{met}",
         f"  and {_bytes(found.optimizer_bytes)} of optimizer state, {found.optimizer_bytes / whole:.2f} bytes for each",
     ]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..pretrain.agreement import source_files, source_hash
 from ..pretrain.checkpoint.host_copy import available_memory
+from ..pretrain.source import source_files, source_hash
 from .findings import Finding
 
 DAY_S = 86400.0

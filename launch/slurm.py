@@ -30,6 +30,9 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     number = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", "0"))
     # Bound to its own GPU a process sees it as the first, whichever it is.
     bound = environment.get("SLURM_GPUS_PER_TASK") == "1" or "single:1" in environment.get("SLURM_GPU_BIND", "")
+    if "SLURM_STEP_TASKS_PER_NODE" in environment and "SLURM_NODEID" in environment:
+        tasks = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
+        environment["LOCAL_WORLD_SIZE"] = str(tasks[int(environment["SLURM_NODEID"])])
     environment.update(
         {
             "RANK": environment["SLURM_PROCID"],
@@ -39,6 +42,21 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
             "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + number % PORTS)),
         }
     )
+
+
+def expand_counts(text: str) -> list[int]:
+    """Numbers of tasks by node, as slurm shortens them: `2(x3),1` is 2, 2, 2, 1.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    counts: list[int] = []
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if match is None:
+            raise UserError(f"{text!r} is no list of tasks as slurm writes them")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def expand_hosts(text: str) -> list[str]:

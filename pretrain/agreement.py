@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import platform
 import tomllib
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from ..parallel.heartbeat import name_ranks
 from ..parallel.mesh import World
 from .config import Config
 from .config_io import build
+from .source import source_hash
 
 CONFIGURATION = "configuration"
 SHOWN = 8
@@ -43,23 +43,6 @@ def check_agreement(config: Config, world: World) -> None:
     if CONFIGURATION in keys:
         dist.all_gather_object(texts, text)
     raise UserError("; ".join(_differences(keys, everyone, texts)), everywhere=True)
-
-
-def source_files() -> list[Path]:
-    """The package's Python files, tests and benchmarks aside."""
-    root = Path(__file__).resolve().parents[1]
-    folders = [folder.parent for folder in root.glob("*/__init__.py")]
-    return sorted([*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
-
-
-def source_hash() -> str:
-    """A hash over the package's Python files, tests and benchmarks aside, by name and content."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.blake2b(digest_size=6)
-    for path in source_files():
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
 
 
 def _differences(keys: list[str], everyone: list[dict[str, str]], texts: list[str]) -> list[str]:

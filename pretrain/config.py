@@ -144,25 +144,43 @@ class CheckpointConfig:
     """When to save and what to go on from.
 
     Attributes:
-        every_steps: steps between two checkpoints; 0 saves only at the end.
+        every_steps: steps between two checkpoints; 0 saves only at the end, or as `time_share` says.
+        time_share: share of the time that saves may cost; how far they are apart then follows from what they have cost,
+            and from `failure_every_s`. 0: `every_steps` alone counts.
+        failure_every_s: seconds between two failures of the machines, as expected.
         keep_last: how many stay.
         fresh_optimizer: whether a run goes on from a checkpoint that another optimizer saved, with the weights and the
             place in the data, and begins the optimizer's state anew. Where the optimizer is the same this does nothing.
+        other_code: whether a run goes on with other code (or another PyTorch) than its last start had.
         asynchronous: whether training goes on while a periodic checkpoint is written, from a copy in host memory.
         retries: how often a save that the disk did not take is tried again, after 1, 2, 4, ... seconds.
         failures_limit: periodic saves in a row that may fail so, the last of which ends the run.
     """
 
     every_steps: int = 0
+    time_share: float = 0.0
+    failure_every_s: float = 21600.0
     keep_last: int = 2
     fresh_optimizer: bool = False
+    other_code: bool = False
     asynchronous: bool = True
     retries: int = 3
     failures_limit: int = 3
 
+    @property
+    def is_periodic(self) -> bool:
+        """Whether there are saves before the end."""
+        return self.every_steps > 0 or self.time_share > 0
+
     def problems(self) -> list[str]:
         """Every field out of range."""
         found = []
+        if not 0.0 <= self.time_share <= 0.5:
+            found.append(f"checkpoint.time_share={self.time_share} must be between 0 and 0.5")
+        elif self.time_share and self.every_steps:
+            found.append("checkpoint.every_steps and checkpoint.time_share both say when to save; set one of them to 0")
+        if self.failure_every_s <= 0:
+            found.append(f"checkpoint.failure_every_s={self.failure_every_s} must be above 0")
         if self.retries < 0:
             found.append(f"checkpoint.retries={self.retries} must not be negative")
         if self.failures_limit < 1:
@@ -224,6 +242,14 @@ class Config:
             )
         return found
 
+    def _rewind_problems(self) -> list[str]:
+        if self.spikes.deviations and self.checkpoint.time_share:
+            return [
+                "spikes.deviations goes back to checkpoints, and with checkpoint.time_share where they are depends on "
+                "time, the result too; use checkpoint.every_steps"
+            ]
+        return []
+
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything wrong with this configuration, for `world_size` processes where that is known."""
         data_ranks = None if world_size is None else self.parallel.data_ranks(world_size)
@@ -246,6 +272,7 @@ class Config:
             *self.parallel.problems(world_size),
             *misfits,
             *self._weight_problems(),
+            *self._rewind_problems(),
             *self.optimizer.problems(),
             *(self.schedule.problems(self.train.steps) if self.train.steps > 0 else []),
             *self.eval.problems(),

@@ -25,11 +25,17 @@ class Wish(IntFlag):
     SIGTERM = 8
     SIGUSR1 = 16
     PROFILE = 32
+    PERIODIC_SAVE = 64
 
     @property
     def stops(self) -> bool:
         """Whether the run is to save and stop."""
         return bool(self & (Wish.STOP | Wish.SIGTERM | Wish.SIGUSR1))
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint of this step is wanted."""
+        return bool(self & (Wish.SAVE | Wish.PERIODIC_SAVE))
 
     @property
     def reason(self) -> str:
@@ -83,6 +89,10 @@ class Control:
             if name in FILES:
                 self._heard |= FILES[name]
                 (self._folder / name).unlink(missing_ok=True)
+
+    def ask(self, wish: Wish) -> None:
+        """As if it had been heard from outside."""
+        self._heard |= wish
 
     def agreed(self) -> Wish:
         """What any process had heard in the step before; the same on all. Collective, once a step."""

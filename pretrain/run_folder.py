@@ -13,7 +13,9 @@ from typing import IO, Any
 
 from .. import __version__
 from ..errors import UserError
+from .checkpoint_files import latest_checkpoint
 from .config import Config, load_config
+from .source import RECORD, check_source, source_record
 
 # A resumed run must compute what the first start would have, so these tables must not change ...
 FIXED = ("run", "model", "data", "optimizer", "schedule", "train")
@@ -87,9 +89,9 @@ def open_run_folder(config: Config) -> RunFolder:
 
 
 def check_unchanged(path: Path, config: Config) -> None:
-    """Raises UserError where the run folder `path` has checkpoints of a run that computes something else."""
-    saved = path / "config.toml"
-    if saved.exists() and any((path / "checkpoints").glob("step-*")):
+    """Raises UserError where the run folder `path` has checkpoints of another run, or of other code."""
+    saved, latest = path / "config.toml", latest_checkpoint(path / "checkpoints")
+    if saved.exists() and latest is not None:
         differences = load_config(saved).differences(config, FIXED)
         if changed := [line for line in differences if line.partition(":")[0] not in FREE_TO_CHANGE]:
             of_optimizer = all(line.startswith("optimizer.") for line in changed)
@@ -100,11 +102,14 @@ def check_unchanged(path: Path, config: Config) -> None:
                 f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
                 f"choose another run.name, or delete the folder to start over{go_on}"
             )
+        if int(latest.name.removeprefix("step-")) < config.train.steps and not config.checkpoint.other_code:
+            check_source(path, _saved_commit(path))
 
 
 def write_record(folder: RunFolder, config: Config, facts: dict[str, Any]) -> None:
-    """Write `config.toml` and `manifest.json`: versions, commit, seed, and the given `facts`."""
+    """Write `config.toml`, `source.json` and `manifest.json`: versions, commit, seed, and the given `facts`."""
     replace_file(folder.path / "config.toml", config.to_toml())
+    replace_file(folder.path / RECORD, source_record())
     record = {
         "headrace": __version__,
         "commit": _commit(),
@@ -150,6 +155,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _saved_commit(path: Path) -> str | None:
+    """The commit of a run's last start, where its tree had no changes."""
+    try:
+        commit = json.loads((path / "manifest.json").read_text())["commit"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return commit if commit and "+" not in commit else None
 
 
 def _commit() -> str | None:

@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, CheckpointWriteError, HostCopy, save_ch
 from .config import CheckpointConfig
 from .metrics import Metrics
 from .resume import Facts, Progress, Snapshot, take_snapshot
+from .save_interval import SaveInterval
 
 # Before the second try to save; each wait is twice as long as the one before it.
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -109,10 +110,17 @@ class Saver:
         self._exchange: tuple[torch.Tensor, dist.Work] | None = None
         self._copy: HostCopy | None = None
         self._group: dist.ProcessGroup | None = None
-        if config.asynchronous and config.every_steps:
+        self._interval = None
+        if config.time_share and metrics is not None:
+            self._interval = SaveInterval(config.time_share, config.failure_every_s)
+        if config.asynchronous and config.is_periodic:
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._copy = do_together(lambda: HostCopy(tensors, processes_here))
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+
+    def is_due(self) -> bool:
+        """Whether it is time for a periodic save, on the process that reports where time says so; not collective."""
+        return self._interval is not None and self._job is None and self._interval.is_due()
 
     def save(self, progress: Progress, must: bool) -> None:
         """Save a checkpoint of this moment.
@@ -128,6 +136,8 @@ class Saver:
         started = time.perf_counter()
         self.finish()
         job = Job(take_snapshot(progress, self._facts), waited_s=time.perf_counter() - started)
+        if self._interval is not None:
+            self._interval.begin()
         if self._copy is not None and not must:
             self._copy.take()
             self._job = job
@@ -230,6 +240,8 @@ class Saver:
         self._report_failures(job)
         if job.error is None:
             self._failed_in_a_row = 0
+            if self._interval is not None:
+                self._interval.add(job.blocked_s - job.waited_s, job.background_s)
             if self._metrics is not None:
                 seconds = {key: getattr(job, key) for key in ("blocked_s", "waited_s", "background_s")}
                 self._metrics.save({"step": job.snapshot.step, "attempts": job.attempts, **seconds})

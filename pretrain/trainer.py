@@ -82,12 +82,14 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 skips.add(skip)
                 pulse.step(progress.step)
                 run.clock.step(progress.step, progress.tokens)
+                if run.saver.is_due():
+                    control.ask(Wish.PERIODIC_SAVE)
                 wish = control.agreed()
                 run.saver.poll()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
-                save = due(progress.step, config.checkpoint.every_steps, stop) or Wish.SAVE in wish
+                save = due(progress.step, config.checkpoint.every_steps, stop) or wish.saves
                 if handle_spikes(run, pulse, settle=save):
                     skips, pace = Skips(run.world.device), Pace()
                     if wish.stops:

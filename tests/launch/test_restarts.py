@@ -16,18 +16,20 @@ from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from tiny import CONFIG
 
 
-def start(folder: Path, data: Path, name: str) -> subprocess.Popen[str]:
+def start(folder: Path, data: Path, name: str, how: list[str]) -> subprocess.Popen[str]:
     config = folder / "tiny.toml"
     config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
     overrides = ["train.steps=40", "checkpoint.every_steps=5", f"run.name={name}"]
-    command = [sys.executable, "-m", "headrace", "train", str(config), *overrides, "--nproc", "2", "--restarts", "2"]
+    verb, *limits = how
+    command = [sys.executable, "-m", "headrace", verb, str(config), *overrides, "--nproc", "2", *limits]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.fault("kill -9 of a rank under `--restarts`", "started again; the same weights")
 def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> None:
-    whole, launcher = start(tmp_path, data, "whole"), start(tmp_path, data, "killed")
+    whole = start(tmp_path, data, "whole", ["train", "--restarts", "2"])
+    launcher = start(tmp_path, data, "killed", ["launch", "--crash-limit", "2"])
     while latest_checkpoint(tmp_path / "killed" / "checkpoints") is None:
         assert launcher.poll() is None
         time.sleep(0.01)

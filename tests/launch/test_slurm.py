@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import UserError
-from headrace.launch.slurm import adopt_slurm, expand_hosts
+from headrace.launch.slurm import adopt_slurm, expand_counts, expand_hosts
 from tiny import CONFIG, prepare_tiny
 
 TASK = {
@@ -38,6 +38,15 @@ def test_host_lists(text: str, hosts: list[str]) -> None:
 def test_what_is_no_host_list(text: str) -> None:
     with pytest.raises(UserError, match="no list of hosts"):
         expand_hosts(text)
+
+
+def test_tasks_by_node() -> None:
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(UserError, match="no list of tasks"):
+        expand_counts("2(3)")
+    environment = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
+    adopt_slurm(environment)
+    assert environment["LOCAL_WORLD_SIZE"] == "4"
 
 
 def test_a_task_of_a_step() -> None:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
-from headrace.pretrain import agreement
-from headrace.pretrain.agreement import check_agreement, source_hash
+from headrace.pretrain import agreement, source
+from headrace.pretrain.agreement import check_agreement
 from headrace.pretrain.config import Config
+from headrace.pretrain.source import source_hash
 from tiny import tiny_config
 
 
@@ -77,7 +78,7 @@ def test_the_hash_covers_the_package_and_is_quick(tmp_path: Path, monkeypatch: p
     for name, text in {"__init__.py": "", "a/__init__.py": "", "a/b/c.py": "x", "tests/t.py": "y"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "a" / "agreement.py"))
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "a" / "source.py"))
     before = source_hash()
     (tmp_path / "tests" / "t.py").write_text("z")
     assert source_hash() == before

@@ -13,12 +13,14 @@ import torch.distributed as dist
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
+from headrace.pretrain import source
 from headrace.pretrain.build import check_compiler
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.metrics import Metrics
 from headrace.pretrain.run_folder import open_run_folder
+from headrace.pretrain.source import source_hashes
 from headrace.pretrain.trainer import train
 from tiny import prepare_tiny, tiny_config, write_corpus
 
@@ -267,6 +269,30 @@ def test_a_changed_run_is_not_resumed(gloo: Callable, tmp_path: Path, data: Path
     (message,) = gloo(1, run_expecting_refusal, tiny_config(tmp_path, data, override))
     assert part in message
     assert "choose another run.name" in message
+
+
+def run_by_other_code(config: Config, changed: dict[str, str | None]) -> str:
+    """What a start is told whose code has other hashes in these files."""
+    hashes = {**source_hashes(), **changed}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "source_hashes", lambda: {name: text for name, text in hashes.items() if text})
+        return run_expecting_refusal(config)
+
+
+@pytest.mark.fault("other code at resume", "refused; the files named; goes on where that is wanted")
+def test_other_code_does_not_go_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    gloo(2, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
+    changed = {"model/lm.py": "0", "errors.py": None, "model/new.py": "1"}
+    for message in gloo(2, run_by_other_code, tiny_config(tmp_path, data), changed):
+        assert "(errors.py gone; model/lm.py changed; model/new.py new)" in message
+        assert "checkpoint.other_code=true" in message
+    many = {f"model/{number}.py": "1" for number in range(9)}
+    assert "and 4 more files" in gloo(1, run_by_other_code, tiny_config(tmp_path, data), many)[0]
+    finished = tiny_config(tmp_path, data, "train.steps=2")
+    assert gloo(1, run_by_other_code, finished, changed) == ["no error"]
+    anyway = tiny_config(tmp_path, data, "checkpoint.other_code=true", "train.steps=4")
+    assert gloo(1, run_by_other_code, anyway, changed) == ["no error"]
+    assert "errors.py new" in gloo(1, run_expecting_refusal, tiny_config(tmp_path, data))[0]
 
 
 def test_a_longer_run_goes_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
