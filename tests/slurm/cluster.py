@@ -1,7 +1,7 @@
 """A real slurm of two nodes on this machine, of Debian's packages slurm-wlm and munge, without systemd.
 
 Each node is a process namespace of its own: killing its first process is a power cut, which takes all that ran on the
-node with it, at once and without a word.
+node with it, at once and without a word. It is a network namespace too, with a cable to a switch (a bridge).
 """
 
 import os
@@ -11,10 +11,11 @@ import subprocess
 import time
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
+SWITCH, CONTROLLER = "headrace", "10.77.0.254"
 CONF = """\
 ClusterName=lab
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort=17000
 SlurmUser=root
 SlurmdUser=root
@@ -44,7 +45,7 @@ JobRequeue=1
 SchedulerParameters=sched_interval=5,bf_interval=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=10.77.0.[1-2] Port=[17001-17002] CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=p Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=hi Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -62,25 +63,43 @@ class Cluster:
         for name in ("state", *(f"spool.{node}" for node in NODES)):
             (folder / name).mkdir()
         conf = folder / "slurm.conf"
-        conf.write_text(CONF.format(host=platform.node(), folder=folder))
-        # Names of nodes need not be known to the system: processes meet at the machine's own address.
-        self.environment = {**os.environ, "SLURM_CONF": str(conf), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        conf.write_text(CONF.format(host=platform.node(), folder=folder, controller=CONTROLLER))
+        # Names of nodes are not known to the system: processes meet at the first's address, on its one cable.
+        network = {"MASTER_ADDR": NODES["n1"], "GLOO_SOCKET_IFNAME": CABLE}
+        self.environment = {**os.environ, "SLURM_CONF": str(conf), "OMP_NUM_THREADS": "1", **network}
+        _remove_network()
+        _lay_network()
         self._own_munged = _start_munged()
         self._controller = subprocess.Popen(["slurmctld", "-D", "-f", str(conf)], env=self.environment, **_QUIET)
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         for node in NODES:
             self.start_node(node)
-        self.wait_for(lambda: self.free_nodes() == set(NODES), "both nodes to be idle")
+        try:
+            self.wait_for(lambda: self.free_nodes() == set(NODES), "both nodes to be idle")
+        except BaseException:
+            self.stop()
+            raise
 
     def start_node(self, node: str) -> None:
         """Power on."""
-        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "slurmd", "-D", "-N", node]
+        # Not `ip netns exec`, which mounts /sys anew: slurmd needs the cgroups there.
+        network = ["nsenter", f"--net=/run/netns/{_namespace(node)}"]
+        own_processes = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command = [*network, *own_processes, "slurmd", "-D", "-N", node]
         self._nodes[node] = subprocess.Popen(command, env=self.environment, **_QUIET)
 
     def cut_power(self, node: str) -> None:
         """All processes of a node are gone."""
         self._nodes[node].kill()
         self._nodes[node].wait()
+
+    def pull_cable(self, node: str) -> None:
+        """Nothing reaches or leaves a node, and nobody is told."""
+        _ip("link", "set", _port(node), "down")
+
+    def plug_in(self, node: str) -> None:
+        """The cable is back."""
+        _ip("link", "set", _port(node), "up")
 
     def free_nodes(self) -> set[str]:
         """The nodes that could take a job now."""
@@ -110,8 +129,45 @@ class Cluster:
             self.cut_power(node)
         self._controller.terminate()
         self._controller.wait()
+        _remove_network()
         if self._own_munged:
             subprocess.run(["munged", "--stop"], check=False, **_QUIET)
+
+
+# The node's end of its cable.
+CABLE = "cable"
+
+
+def _namespace(node: str) -> str:
+    return f"{SWITCH}-{node}"
+
+
+def _port(node: str) -> str:
+    return f"{SWITCH}-{node}"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def _lay_network() -> None:
+    _ip("link", "add", SWITCH, "type", "bridge")
+    _ip("address", "add", f"{CONTROLLER}/24", "dev", SWITCH)
+    _ip("link", "set", SWITCH, "up")
+    for node, address in NODES.items():
+        inside = ("-n", _namespace(node))
+        _ip("netns", "add", _namespace(node))
+        _ip("link", "add", _port(node), "type", "veth", "peer", "name", CABLE, "netns", _namespace(node))
+        _ip("link", "set", _port(node), "master", SWITCH, "up")
+        _ip(*inside, "address", "add", f"{address}/24", "dev", CABLE)
+        for link in (CABLE, "lo"):
+            _ip(*inside, "link", "set", link, "up")
+
+
+def _remove_network() -> None:
+    """Also what an earlier cluster left that was killed."""
+    for words in (*(("netns", "del", _namespace(node)) for node in NODES), ("link", "del", SWITCH)):
+        subprocess.run(["ip", *words], check=False, **_QUIET)
 
 
 _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

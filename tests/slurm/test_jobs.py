@@ -149,6 +149,34 @@ def test_a_node_is_back_before_slurm_misses_it(run: SlurmRun, node: str) -> None
     run.stop_and_compare(job)
 
 
+def test_a_cable_is_out_for_a_moment(run: SlurmRun) -> None:
+    """Shorter than anybody's patience: the run waits, and knows nothing of it."""
+    job = run.submit()
+    run.wait_for_steps()
+    run.cluster.pull_cable("n2")
+    time.sleep(3)
+    run.cluster.plug_in("n2")
+    run.wait_for_steps()
+    run.stop_and_compare(job)
+    assert "a start ended" not in run.log()
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_cable_is_pulled(run: SlurmRun, node: str) -> None:
+    """Both ends go on computing, and cannot tell each other; slurm misses the node, and queues the job again."""
+    job = run.submit()
+    run.wait_for_steps()
+    run.cluster.pull_cable(node)
+    run.cluster.wait_for(lambda: run.cluster.state(job) != "RUNNING", "slurm to miss the node")
+    run.cluster.plug_in(node)
+    began = time.monotonic()
+    run.cluster.wait_for(lambda: run.cluster.state(job) == "RUNNING", "the job to run again")
+    free = time.monotonic()
+    run.wait_for_steps()
+    print(f"{node}: {free - began:.0f} s until the job ran again, {time.monotonic() - free:.0f} s until 20 new steps")
+    run.stop_and_compare(job)
+
+
 def test_a_killed_rank_is_started_again_in_the_same_job(run: SlurmRun) -> None:
     job = run.submit()
     run.wait_for_steps()
