@@ -1,9 +1,11 @@
 """Whole runs of a tiny model: resuming, changing the number of ranks, skipped updates, and what stops a run."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -317,6 +319,18 @@ def test_data_and_runs_may_be_moved(gloo: Callable, tmp_path: Path, data: Path) 
     config = tiny_config(tmp_path, shutil.copytree(data, tmp_path / "data"), "run.name=moved")
     assert gloo(1, run_to_end, config) == [6]
     assert [r["step"] for r in records(config)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="no second file system here")
+def test_checkpoints_may_lie_on_another_file_system(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data, "checkpoint.keep_last=1")
+    config.run.folder.mkdir(parents=True)
+    with TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (config.run.folder / "checkpoints").symlink_to(elsewhere)
+        gloo(2, run_to_end, tiny_config(tmp_path, data, "checkpoint.keep_last=1", "train.steps=4"))
+        assert gloo(2, run_to_end, config) == [6, 6]
+        assert [path.name for path in Path(elsewhere).iterdir()] == ["step-00000006"]
+    assert [record["step"] for record in records(config)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: Path) -> None:
