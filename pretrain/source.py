@@ -58,20 +58,21 @@ def check_source(folder: Path, commit: str | None) -> None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / RECORD} is damaged; remove it to go on with the code that is here") from None
     now = json.loads(source_record())
-    other = [f"{name} {files_word}" for name, files_word in _changed_files(files, now["files"])]
-    changed = [f"{name}: {versions.get(name)} -> {value}" for name, value in now["versions"].items()
-               if versions.get(name) != value]  # fmt: skip
+    other = [
+        f"{key}: {versions.get(key)} -> {value}" for key, value in now["versions"].items() if versions.get(key) != value
+    ]
+    changed = _changed_files(files, now["files"])
     if not other and not changed:
         return
-    more = [f"and {len(other) - SHOWN} more files"] if len(other) > SHOWN else []
+    more = [f"and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
     back = f", or go back to commit {commit}" if commit else ""
     raise UserError(
-        f"run folder {folder} was last trained by other code ({'; '.join([*changed, *other[:SHOWN], *more])}); "
+        f"run folder {folder} was last trained by other code ({'; '.join([*other, *changed[:SHOWN], *more])}); "
         f"to go on with this code set checkpoint.other_code=true{back}"
     )
 
 
-def _changed_files(before: dict[str, str], after: dict[str, str]) -> list[tuple[str, str]]:
+def _changed_files(before: dict[str, str], after: dict[str, str]) -> list[str]:
     words = {(True, True): "changed", (True, False): "gone", (False, True): "new"}
-    names = sorted(before.keys() | after.keys())
-    return [(name, words[name in before, name in after]) for name in names if before.get(name) != after.get(name)]
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"{name} {words[name in before, name in after]}" for name in names]
