@@ -23,6 +23,8 @@ QUEUE_S = 1.0
 # A run that comes no further for so long would wait for someone for ever.
 STUCK_S = 900.0
 USER_ERROR = 2
+# After so many starts that ended as the user's mistake nothing is started any more.
+MISTAKES = 3
 # Steps of a start after which the watch knows how long a step takes.
 KNOWN_STEPS = 30
 
@@ -35,7 +37,7 @@ class Pending:
         number: of the fault, from 1.
         at: when, on the clock `time.monotonic`.
         step: a later one than this is a new step.
-        ranks: processes that this fault ends; while one of them lives, its steps are not new ones.
+        ranks: processes that this fault ends and that live; steps of theirs are not new ones.
     """
 
     number: int
@@ -125,9 +127,11 @@ class SoakRun:
             said = (self.out / "launcher.log").read_text(errors="replace").splitlines()[-1:]
             self.interventions.append(" ".join(said))
             self.record({"kind": "user error", "said": said})
-            self.is_over = len(self.interventions) >= 10  # every start ends so by now
+            self.is_over = len(self.interventions) >= MISTAKES
 
     def _look(self) -> None:
+        # Who lives is asked first: what the dead have written is on record by then.
+        alive = {rank for entry in self._pending for rank in entry.ranks if is_alive(rank)}
         now, step, ranks = time.monotonic(), last_step(self.folder), self.ranks()
         if ranks != self._ranks and ranks:
             self._ranks, self.grown = ranks, 0
@@ -140,19 +144,20 @@ class SoakRun:
             self.interventions.append(f"no new step for {STUCK_S:.0f} s")
             self.is_over = True
         for entry in list(self._pending):
-            if any(map(is_alive, entry.ranks)):
+            if entry.ranks:
                 entry.step = max(entry.step, self.furthest)
+                entry.ranks = [rank for rank in entry.ranks if rank in alive]
             elif self.furthest > entry.step:
                 self._pending.remove(entry)
                 self.record({"kind": "new step", "fault": entry.number, "seconds": round(now - entry.at, 2)})
 
-    def note(self, kind: str, ends: list[int], **facts: Any) -> None:
-        """A fault happens now, which will end the processes `ends`."""
+    def note(self, kind: str, ends: list[int] | None, **facts: Any) -> None:
+        """A fault happens now, which will end the processes `ends`, if any are there; None: it ends none."""
         self._look()
         self.faults += 1
         # One step may be under way, and one be done and not yet seen.
-        step = self.furthest if ends else self.furthest + 2
-        self._pending.append(Pending(self.faults, time.monotonic(), step, ends))
+        step = self.furthest + 2 if ends is None else self.furthest
+        self._pending.append(Pending(self.faults, time.monotonic(), step, ends or []))
         self.record({"kind": kind, "fault": self.faults, "step": self.furthest, **facts})
 
     def record(self, facts: dict[str, Any]) -> None:
@@ -232,9 +237,12 @@ def kill_rank(run: SoakRun, draw: random.Random) -> None:
 
 
 def cut_power(run: SoakRun) -> None:
-    """kill -9 of everything."""
-    for pid in [*([run.launcher] if run.launcher else []), *run.ranks()]:
+    """kill -9 of everything, which is gone afterwards."""
+    ranks = run.ranks()
+    for pid in [*([run.launcher] if run.launcher else []), *ranks]:
         kill(pid)
+    while any(map(is_alive, ranks)):
+        time.sleep(LOOK_S / 10)
 
 
 def power_cut(run: SoakRun, draw: random.Random) -> None:
@@ -263,7 +271,7 @@ def pause(run: SoakRun, draw: random.Random) -> None:
     """Shorter than a hang."""
     ranks = run.wait_for(run.both_ranks)
     victim, seconds = ranks[draw.randrange(2)], draw.uniform(0.5, 3.0)
-    run.note("pause", [], seconds_stopped=round(seconds, 2))
+    run.note("pause", None, seconds_stopped=round(seconds, 2))
     kill(victim, signal.SIGSTOP)
     run.spend(seconds)
     kill(victim, signal.SIGCONT)
@@ -317,7 +325,7 @@ def full_disk(run: SoakRun, draw: random.Random) -> None:
     run.wait_for(run.both_ranks)
     seconds = draw.uniform(3.0, 6.0)
     filler = run.checkpoints / "filler"
-    run.note("full_disk", [], seconds_full=round(seconds, 2))
+    run.note("full_disk", None, seconds_full=round(seconds, 2))
     try:
         with filler.open("wb", buffering=0) as file:
             try:
@@ -336,7 +344,7 @@ def ask(name: str, ends: bool) -> Callable[[SoakRun, random.Random], None]:
 
     def fault(run: SoakRun, draw: random.Random) -> None:
         ranks = run.wait_for(run.both_ranks)
-        run.note(name, ranks if ends else [])
+        run.note(name, ranks if ends else None)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / name).touch()
 
