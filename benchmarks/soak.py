@@ -27,6 +27,7 @@ from typing import Any
 from soak_faults import FAULTS, RunEndedError, SoakRun, environment, launch_command
 
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full, read_extra
+from headrace.pretrain.config import load_config
 from headrace.pretrain.goodput import Goodput, measure_goodput, read_starts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,8 @@ SECTION = "\n## Two hours, a fault a minute\n\n"
 DISK = "256m"
 # About what a fault costs in the long run: the run is to be under way when the time is up.
 FAULT_S = 10.0
-CALIBRATION_STEPS = 300
+CALIBRATION_STEPS = 200
+SAVE_EVERY_S = 5.0
 OPTIONS = [
     "model.d_model=96",
     "data.seq_len=128",
@@ -50,7 +52,6 @@ OPTIONS = [
     "eval.every_steps=500",
     "eval.max_tokens=2000",
     "eval.window=128",
-    "checkpoint.every_steps=100",
     "checkpoint.keep_last=3",
     "watch.margin_s=8",
     "watch.allowance_s=60",
@@ -90,6 +91,7 @@ class Outcome:
         seed: they were drawn from.
         steps: of the run.
         step_s: seconds a step takes when nothing happens.
+        save_every: steps between two checkpoints.
         launches: how often the loop started the launcher.
         goodput: of the disturbed run.
         interventions: why a person would have had to come.
@@ -104,6 +106,7 @@ class Outcome:
     seed: int
     steps: int
     step_s: float
+    save_every: int
     launches: int
     goodput: Goodput
     interventions: list[str]
@@ -153,9 +156,9 @@ def describe(outcome: Outcome) -> str:
     left_out = f" {outcome.left_out}" if outcome.left_out else ""
     return (
         f"`python benchmarks/soak.py --minutes {outcome.minutes:g} --every {outcome.every_s:g} --seed {outcome.seed}`: "
-        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, a checkpoint every 100 steps beside training, "
-        f"faults at random times, {outcome.every_s:g} s apart on average; a loop starts the launcher again when it "
-        f"is gone.{left_out}\n\n"
+        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, a checkpoint every {outcome.save_every} steps, "
+        f"beside training. Faults come at random times, {outcome.every_s:g} s apart on average; a loop starts the "
+        f"launcher again when it is gone.{left_out}\n\n"
     )
 
 
@@ -212,14 +215,14 @@ def small_disk(folder: Path) -> Iterator[str]:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def undisturbed(config: Path, name: str, steps: int, folder: Path) -> float:
+def undisturbed(config: Path, overrides: list[str], out: Path) -> float:
     """Make a run that nothing happens to; seconds a step, with saves and evaluations."""
-    print(f"{name}: {steps:,} steps undisturbed", flush=True)
-    command = launch_command(config, [*OPTIONS, f"run.name={name}", f"train.steps={steps}"])
-    with (folder / f"{name}.log").open("ab") as log:
-        subprocess.run(command, stdout=log, stderr=log, env=environment(), check=True)
-    parts = read_starts(folder / name / "starts.jsonl")[-1].parts
-    return sum(parts.get(phase, 0.0) for phase in ("train", "eval", "save")) / steps
+    print("undisturbed:", *overrides[len(OPTIONS) :], flush=True)
+    with (out / "undisturbed.log").open("ab") as log:
+        subprocess.run(launch_command(config, overrides), stdout=log, stderr=log, env=environment(), check=True)
+    folder = load_config(config, overrides).run.folder
+    last = read_starts(folder / "starts.jsonl")[-1]
+    return sum(last.parts.get(phase, 0.0) for phase in ("train", "eval", "save")) / last.points[-1].step
 
 
 def disturb(run: SoakRun, faults: Sequence[Planned]) -> None:
@@ -253,12 +256,14 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
     data = prepare_tiny(out)
     config = out / "soak.toml"
     config.write_text(CONFIG.replace("[data]", f'root = "{out}"\n[data]\nfolder = "{data}"'))
+    step_s = undisturbed(config, [*OPTIONS, f"train.steps={CALIBRATION_STEPS}", "run.name=calibration"], out)
+    save_every = max(1, round(SAVE_EVERY_S / step_s))
     if steps is None:
-        step_s = undisturbed(config, "calibration", CALIBRATION_STEPS, out)
         steps = math.ceil(60 * minutes / step_s * every_s / (every_s + FAULT_S))
-    step_s = undisturbed(config, "whole", steps, out)
+    same = [*OPTIONS, f"train.steps={steps}", f"checkpoint.every_steps={save_every}"]
+    step_s = undisturbed(config, [*same, "run.name=whole"], out)
     folder = out / "disturbed"
-    command = launch_command(config, [*OPTIONS, "run.name=disturbed", f"train.steps={steps}"])
+    command = launch_command(config, [*same, "run.name=disturbed"])
     run = SoakRun(command, folder, steps, out)
     with small_disk(run.checkpoints) as left_out:
         kinds = [kind for kind in FAULTS if not left_out or kind != "full_disk"]
@@ -271,6 +276,7 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
             seed=seed,
             steps=steps,
             step_s=step_s,
+            save_every=save_every,
             launches=run.launches,
             goodput=goodput,
             interventions=run.interventions,

@@ -187,8 +187,7 @@ class SoakRun:
 
     def close(self) -> None:
         """End what still runs."""
-        for pid in [*self.ranks(), *([self.launcher] if self.launcher else [])]:
-            kill(pid)
+        cut_power(self)
         if self._launcher is not None:
             self._launcher.wait()
 
@@ -206,10 +205,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
+def send(pid: int, number: int) -> None:
     """Send a signal to a process that may be gone."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def kill(*pids: int) -> None:
+    """kill -9; they are gone afterwards."""
+    for pid in pids:
+        send(pid, signal.SIGKILL)
+    while any(map(is_alive, pids)):
+        time.sleep(0.002)
 
 
 def last_step(folder: Path) -> int:
@@ -237,12 +244,9 @@ def kill_rank(run: SoakRun, draw: random.Random) -> None:
 
 
 def cut_power(run: SoakRun) -> None:
-    """kill -9 of everything, which is gone afterwards."""
+    """kill -9 of everything, the launcher first."""
     ranks = run.ranks()
-    for pid in [*([run.launcher] if run.launcher else []), *ranks]:
-        kill(pid)
-    while any(map(is_alive, ranks)):
-        time.sleep(LOOK_S / 10)
+    kill(*([run.launcher] if run.launcher else []), *ranks)
 
 
 def power_cut(run: SoakRun, draw: random.Random) -> None:
@@ -256,7 +260,7 @@ def preemption(run: SoakRun, draw: random.Random) -> None:
     """The run saves, and is started again."""
     pid = run.wait_for(lambda: run.launcher)
     run.note("preemption", run.ranks())
-    kill(pid, signal.SIGTERM)
+    send(pid, signal.SIGTERM)
 
 
 def hang(run: SoakRun, draw: random.Random) -> None:
@@ -264,7 +268,7 @@ def hang(run: SoakRun, draw: random.Random) -> None:
     ranks = run.wait_for(lambda: run.both_ranks() if run.grown >= KNOWN_STEPS else [])
     victim = draw.randrange(2)
     run.note("hang", ranks, rank=victim)
-    kill(ranks[victim], signal.SIGSTOP)
+    send(ranks[victim], signal.SIGSTOP)
 
 
 def pause(run: SoakRun, draw: random.Random) -> None:
@@ -272,9 +276,9 @@ def pause(run: SoakRun, draw: random.Random) -> None:
     ranks = run.wait_for(run.both_ranks)
     victim, seconds = ranks[draw.randrange(2)], draw.uniform(0.5, 3.0)
     run.note("pause", None, seconds_stopped=round(seconds, 2))
-    kill(victim, signal.SIGSTOP)
+    send(victim, signal.SIGSTOP)
     run.spend(seconds)
-    kill(victim, signal.SIGCONT)
+    send(victim, signal.SIGCONT)
 
 
 def kill_in_save(run: SoakRun, draw: random.Random) -> None:

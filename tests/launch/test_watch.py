@@ -105,9 +105,7 @@ def test_those_left_say_who_is_missing(tmp_path: Path, data: Path, size: int, vi
         check_line(ranks.said(rank), f"rank {victim}", "has not been heard of for")
 
 
-@pytest.mark.fault(
-    "SIGSTOP of a rank under a launcher, hangs not looked for", "the other ends in time; rank, host and last step named"
-)
+@pytest.mark.fault("SIGSTOP of a rank under a launcher", "the other ends in time; rank, host and last step named")
 def test_under_a_launcher_a_silent_rank_is_named_by_the_other(tmp_path: Path, data: Path) -> None:
     config = write_config(tmp_path, data)
     command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2"]
