@@ -225,12 +225,17 @@ def undisturbed(config: Path, overrides: list[str], out: Path) -> float:
     return sum(last.parts.get(phase, 0.0) for phase in ("train", "eval", "save")) / last.points[-1].step
 
 
-def disturb(run: SoakRun, faults: Sequence[Planned]) -> None:
-    """Do to the run what was drawn, and let it finish."""
+def disturb(run: SoakRun, faults: Sequence[Planned], limit_s: float) -> None:
+    """Do to the run what was drawn, for so many seconds, and let it finish.
+
+    A fault that waits for its moment keeps those after it waiting: of these some may find no time.
+    """
     began = time.monotonic()
     try:
         for fault in faults:
             run.spend(fault.at_s - (time.monotonic() - began))
+            if time.monotonic() - began > limit_s:
+                break
             try:
                 FAULTS[fault.kind][1](run, random.Random(fault.seed))
             except RunEndedError:
@@ -267,7 +272,7 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
     run = SoakRun(command, folder, steps, out)
     with small_disk(run.checkpoints) as left_out:
         kinds = [kind for kind in FAULTS if not left_out or kind != "full_disk"]
-        disturb(run, draw_faults(seed, minutes, every_s, kinds))
+        disturb(run, draw_faults(seed, minutes, every_s, kinds), 60 * minutes)
         goodput = measure_goodput(read_starts(folder / "starts.jsonl"))
         assert goodput is not None
         outcome = Outcome(

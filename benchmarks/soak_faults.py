@@ -326,7 +326,7 @@ def cut_file(file: Path, draw: random.Random) -> None:
 
 def full_disk(run: SoakRun, draw: random.Random) -> None:
     """For less time than a save is tried for."""
-    run.wait_for(run.both_ranks)
+    run.wait_for(lambda: run.both_ranks() if run.grown else [])
     seconds = draw.uniform(3.0, 6.0)
     filler = run.checkpoints / "filler"
     run.note("full_disk", None, seconds_full=round(seconds, 2))

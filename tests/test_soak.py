@@ -94,7 +94,7 @@ def test_whatever_is_done_the_loop_starts_it_again(soak: ModuleType, tmp_path: P
     for number, kind in enumerate(DONE):
         run.wait_for(lambda: run.furthest and not run._pending and run.both_ranks())
         soak.FAULTS[kind][1](run, random.Random(number))
-    soak.disturb(run, [soak.Planned(0.0, "kill_rank", 0)])
+    soak.disturb(run, [soak.Planned(0.0, "kill_rank", 0), soak.Planned(0.1, "STOP", 0)], limit_s=0.05)
     assert (run.furthest, run.interventions, run.is_over) == (600, [], True)
     records = soak.read_lines(tmp_path / "faults.jsonl")
     done = [*DONE, "kill_rank"]
@@ -107,7 +107,7 @@ def test_whatever_is_done_the_loop_starts_it_again(soak: ModuleType, tmp_path: P
 
 def test_a_mistake_of_the_users_is_an_intervention(soak: ModuleType, tmp_path: Path) -> None:
     run = stand_in(soak, tmp_path, 1, status=2)
-    soak.disturb(run, [])
+    soak.disturb(run, [], 60.0)
     assert len(run.interventions) == 3
     assert run.is_over
 
