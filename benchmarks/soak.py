@@ -140,7 +140,7 @@ def format_outcome(outcome: Outcome, records: Iterable[dict[str, Any]]) -> str:
     lines += ["", "| of the run | |", "| --- | ---: |"]
     lines += [f"| steps, of {outcome.step_s * 1e3:.0f} ms undisturbed | {outcome.steps:,} |"]
     lines += [f"| steps lost and done again | {goodput.lost_steps:,} |"]
-    lines += [f"| starts, of them by the loop | {goodput.starts}, {outcome.launches} |"]
+    lines += [f"| starts on record; launchers that the loop started | {goodput.starts}; {outcome.launches} |"]
     lines += [f"| checkpoints found damaged | {outcome.set_aside} |"]
     lines += [f"| hangs found and named by the watch | {outcome.hangs_named} |"]
     lines += [f"| goodput, of {goodput.wall_s / 60:.1f} minutes | {goodput.fraction:.1%} |"]
