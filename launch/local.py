@@ -124,15 +124,23 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         print(f"headrace: ended by {ended.sigval.name}", file=sys.stderr)
         return Ending(128 + ended.sigval, asked=True)
     except ChildFailedError as error:
-        status = max(failure.exitcode for failure in error.failures.values())
-        step = last_step(beats, nproc)
-        if status < 0:
-            rank, failure = error.get_first_failure()
-            hint = "; the system does that when memory runs out" if -status == signal.SIGKILL else ""
-            last = "no step was finished yet" if step is None else f"last finished step {step}"
-            print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)
-        return Ending(status if status > 0 else 1, step)
+        return describe_failure(error, last_step(beats, nproc))
     finally:
         signal.signal(signal.SIGUSR1, before)
         del os.environ[LAUNCHER], os.environ[WATCH_STORE]
     return Ending(0)
+
+
+def describe_failure(error: ChildFailedError, step: int | None) -> Ending:
+    """How a start ended in which processes failed; those that a signal ended cannot say so themselves.
+
+    What others met because one was killed is no mistake of the user's, whatever their status.
+    """
+    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
+    if not killed:
+        return Ending(max(failure.exitcode for failure in error.failures.values()), step)
+    rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
+    hint = "; the system does that when memory runs out" if -failure.exitcode == signal.SIGKILL else ""
+    last = "no step was finished yet" if step is None else f"last finished step {step}"
+    print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)
+    return Ending(1, step)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
@@ -89,7 +90,7 @@ def main_thread() -> tuple[tuple[str, ...], bool]:
     lines: list[str] = []
     waits = False
     while frame is not None and len(lines) < INNERMOST:
-        code, number = frame.f_code, frame.f_lineno
+        code, number = frame.f_code, _line(frame)
         source = linecache.getline(code.co_filename, number).strip()
         waits |= not lines and _waits(code.co_filename, number)
         lines.append(f"{code.co_filename}:{number} in {code.co_name}: {source}")
@@ -100,7 +101,12 @@ def main_thread() -> tuple[tuple[str, ...], bool]:
 def waits_now() -> bool:
     """Whether the main thread waits for other processes at this moment, as far as Python shows it."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return frame is not None and _waits(frame.f_code.co_filename, frame.f_lineno)
+    return frame is not None and _waits(frame.f_code.co_filename, _line(frame))
+
+
+def _line(frame: FrameType) -> int:
+    """Where a frame is; 0 while it is at an instruction that belongs to no line, whose number is None."""
+    return frame.f_lineno or 0
 
 
 def _waits(file: str, line: int) -> bool:

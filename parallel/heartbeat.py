@@ -159,15 +159,16 @@ def name_ranks(hosts: Mapping[int, str]) -> str:
     by_host: dict[str, list[int]] = {}
     for rank, host in sorted(hosts.items()):
         by_host.setdefault(host, []).append(rank)
-    named = [f"{_spans(ranks)} ({host})" for host, ranks in by_host.items()]
+    named = [f"{spans(ranks)} ({host})" for host, ranks in by_host.items()]
     return f"rank{'s' if len(hosts) > 1 else ''} {', '.join(named)}"
 
 
-def _spans(ranks: list[int]) -> str:
-    spans: list[list[int]] = []
+def spans(ranks: list[int]) -> str:
+    """Ascending ranks in few words: `0-7, 9`."""
+    found: list[list[int]] = []
     for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], rank]
+        if found and rank == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], rank]
         else:
-            spans.append([rank])
-    return ", ".join("-".join(map(str, span)) for span in spans)
+            found.append([rank])
+    return ", ".join("-".join(map(str, span)) for span in found)

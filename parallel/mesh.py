@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..kernels.memory import keep_freed_memory
 from ..kernels.products import prefer_onednn
 from .config import ParallelConfig
+from .join import join_group
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def start_world(timeout_s: float = 600.0) -> World:
     products. Collective over all processes.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs, an environment that describes half a group, or
-            processes that do not come within `timeout_s`.
+        UserError: more processes on this machine than it has GPUs, or as `join_group`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -58,18 +58,7 @@ def start_world(timeout_s: float = 600.0) -> World:
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(
-                f"RANK is set but {', '.join(missing)} is not; start with torchrun or --nproc, or unset RANK"
-            )
-        try:
-            dist.init_process_group(backend, timeout=timeout)
-        except RuntimeError as error:
-            rank, size, address, port = (os.environ[n] for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-            raise UserError(
-                f"rank {rank} ({platform.node()}) did not find all {size} processes at {address}:{port} within "
-                f"{timeout_s:g} s; start them all, with the same address ({str(error).partition(chr(10))[0]})"
-            ) from None
+        join_group(backend, timeout_s)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, process_began_s())

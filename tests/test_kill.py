@@ -62,6 +62,7 @@ def losses(folder: Path) -> list[tuple[int, int, float]]:
     return [(r["step"], r["tokens"], r["loss"]) for r in records if r["kind"] == "train"]
 
 
+@pytest.mark.fault("kill -9 of the launcher alone", "its ranks end too: no process stays behind")
 def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     """Only the launcher is killed; a rank that trained on would hold the run folder for ever."""
     data = prepare_tiny(tmp_path)
@@ -83,6 +84,7 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.fault("SIGTERM, SIGUSR1 to the launcher", "saved and stopped; the next start goes on")
 def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path) -> None:
     """SIGUSR1, as slurm sends ahead of a time limit, and SIGTERM; the next start goes on."""
     data = prepare_tiny(tmp_path)

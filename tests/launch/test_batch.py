@@ -115,6 +115,7 @@ def test_crashes_that_make_headway_go_on(tmp_path: Path) -> None:
     assert told == [f"a start ended with status 9 after step {step}" for step in (3, 6, 9)] + ["finished after step 10"]
 
 
+@pytest.mark.fault("a batch job whose starts crash without a new step", "given up after the third")
 def test_a_crash_loop_ends(tmp_path: Path) -> None:
     job = start(tmp_path, steps=0, then="9")
     told = job.communicate(timeout=60)[0]

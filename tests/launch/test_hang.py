@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from headrace.parallel.hang import Stand, describe, find_missing
+from headrace.parallel.hang import Stand, describe, find_missing, main_thread, waits_now
 from tiny import CONFIG
 
 HOST = os.uname().nodename
@@ -84,6 +86,15 @@ def test_a_hang_is_found_written_down_and_ended(tmp_path: Path, data: Path, how:
         assert page.startswith(f"rank 1 ({HOST}) does not answer; no step was finished for ")
         assert not (logs / "hang-rank-1.txt").exists()
     assert "gloo keeps no flight recorder" in page
+
+
+def test_a_thread_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some instructions belong to no line; a thread that looks at just such a moment must go on."""
+    code = SimpleNamespace(co_filename=__file__, co_name="f")
+    frame = SimpleNamespace(f_code=code, f_lineno=None, f_back=None)
+    monkeypatch.setattr(sys, "_current_frames", lambda: {threading.main_thread().ident: frame})
+    assert waits_now() is False
+    assert main_thread() == ((f"{__file__}:0 in f: ",), False)
 
 
 def stand(step: int, waits: bool) -> Stand:

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from headrace.launch import local
 from headrace.launch.local import Ending, run_again_and_again
@@ -41,6 +42,42 @@ def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> No
     found, expected = (load_full(latest_checkpoint(tmp_path / name / "checkpoints")) for name in ("killed", "whole"))
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+# Read by every Python that starts: rank 1 is killed before it has done anything.
+KILLED_AT_ONCE = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.fault("a rank that is killed in every start, under `--restarts 2`", "given up after the second in vain")
+def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILLED_AT_ONCE)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    launcher = start(tmp_path, data, "looping")
+    said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 1
+    lines = said.splitlines()
+    assert sum("rank 1 was ended by SIGKILL" in line for line in lines) == 2
+    assert "headrace: started again from the newest checkpoint; 1 of 2 without a new step" in lines
+    assert lines[-1] == "headrace: error: 2 starts without a new step: given up"
+    assert "Traceback" not in said
+
+
+def failure(rank: int, status: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file="<N/A>")
+
+
+def test_what_ranks_meet_because_one_was_killed_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank whose peer is killed while they meet says so with status 2; nothing would be started again after that."""
+    met = ChildFailedError("train", {0: failure(0, 2), 1: failure(1, -signal.SIGKILL)})
+    assert local.describe_failure(met, 7) == Ending(1, 7)
+    assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
+    assert local.describe_failure(ChildFailedError("train", {0: failure(0, 2), 1: failure(1, 1)}), 7) == Ending(2, 7)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

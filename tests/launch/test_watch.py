@@ -83,6 +83,9 @@ def check_line(text: str, who: str, what: str) -> None:
     assert re.match(LINE.format(who, HOST, what), line), text
 
 
+@pytest.mark.fault(
+    "kill -9, SIGSTOP of a rank without a launcher", "the others end in time; rank, host and last step named"
+)
 @pytest.mark.parametrize(
     ("size", "victim", "how"), [(3, 1, signal.SIGKILL), (2, 0, signal.SIGSTOP)], ids=["kill-1", "stop-0"]
 )
@@ -102,6 +105,7 @@ def test_those_left_say_who_is_missing(tmp_path: Path, data: Path, size: int, vi
         check_line(ranks.said(rank), f"rank {victim}", "has not been heard of for")
 
 
+@pytest.mark.fault("SIGSTOP of a rank under a launcher", "the other ends in time; rank, host and last step named")
 def test_under_a_launcher_a_silent_rank_is_named_by_the_other(tmp_path: Path, data: Path) -> None:
     config = write_config(tmp_path, data)
     command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2"]
@@ -123,6 +127,7 @@ def test_under_a_launcher_a_silent_rank_is_named_by_the_other(tmp_path: Path, da
     check_line(text, "rank 1", "has not been heard of for")
 
 
+@pytest.mark.fault("a damaged shard of the data, met by one rank", "all end; the file and the rank named")
 def test_an_error_of_one_rank_is_reported_by_the_others(tmp_path: Path, data: Path) -> None:
     """Whichever rank reads the damaged document."""
     copy = shutil.copytree(data, tmp_path / "damaged")

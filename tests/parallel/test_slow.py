@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from headrace.parallel.heartbeat import Beat
 from headrace.parallel.slow import PERSISTENT, SlowRank, SlowRanks
 from tiny import CONFIG
@@ -53,6 +55,7 @@ def test_beats_carry_it() -> None:
     assert Beat.unpack(beat.pack().encode()) == beat
 
 
+@pytest.mark.fault("a rank that dawdles in every step", "told of and recorded, with its host")
 def test_a_rank_that_dawdles_is_named(tmp_path: Path, data: Path) -> None:
     config, script = tmp_path / "tiny.toml", tmp_path / "dawdler.py"
     config.write_text(

@@ -38,6 +38,7 @@ def test_the_same_everywhere_is_accepted(gloo: Callable, tmp_path: Path) -> None
         assert gloo(size, refusal, [config] * size, ["a"] * size) == [""] * size
 
 
+@pytest.mark.fault("another configuration on one rank", "refused; rank and keys named")
 def test_another_configuration_is_named_by_rank_and_key(gloo: Callable, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path)
     longer = tiny_config(tmp_path, tmp_path, "train.steps=7", "model.mamba2.d_state=16", "parallel.timeout_s=60")
@@ -61,6 +62,7 @@ def test_a_configuration_that_differs_in_much_is_cut_short(gloo: Callable, tmp_p
     assert "; and 1 more; start all ranks" in message
 
 
+@pytest.mark.fault("other code on one rank", "refused; rank named")
 def test_other_code_is_named_by_rank(gloo: Callable, tmp_path: Path) -> None:
     configs = [tiny_config(tmp_path, tmp_path)] * 4
     (message,) = set(gloo(4, refusal, configs, ["91bc", "91bc", "3f2a", "3f2a"]))

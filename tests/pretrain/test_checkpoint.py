@@ -155,6 +155,9 @@ def test_keep_last(tmp_path):
         save_checkpoint(tmp_path, 3, {}, extra={}, keep_last=0)
 
 
+@pytest.mark.fault(
+    "a disk that gives back other bytes than were written", "the save fails; no earlier checkpoint is removed"
+)
 def test_keep_last_removes_nothing_when_the_newest_reads_back_wrong(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, tensors_of(), extra={})
     written = pieces.write_pieces
@@ -222,7 +225,8 @@ print(newest, interrupted)
 """
 
 
-def test_kill_9_while_saving(tmp_path):
+@pytest.mark.fault("kill -9 at a random moment of a save", "the earlier checkpoint or the new one, whole")
+def test_kill_9_while_saving(tmp_path, record_property):
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "run")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -230,6 +234,7 @@ def test_kill_9_while_saving(tmp_path):
     newest, interrupted = map(int, found.stdout.split())
     assert newest > 10
     assert interrupted > 5  # most kills really fell into a save
+    record_property("tried", 25)
 
 
 @pytest.mark.gpu
@@ -253,6 +258,9 @@ def test_a_failed_save_cleans_up(saved, monkeypatch):
     assert os.listdir(saved.parent) == [saved.name]
 
 
+@pytest.mark.fault(
+    "a disk too small for a checkpoint (a tmpfs of 1 MiB)", "not saved, in one line; the earlier checkpoint is whole"
+)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_really_full_disk(tmp_path, monkeypatch, foreseen):

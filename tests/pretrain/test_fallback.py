@@ -102,6 +102,10 @@ def assert_same_run(config: Config, whole: Config) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@pytest.mark.fault(
+    "the newest checkpoint cut, flipped, without a piece or manifest",
+    "set aside; goes on from the one before; the same bits",
+)
 @pytest.mark.parametrize("damage", [cut, flip, flip_random_state, lose_piece, lose_manifest, alter_manifest])
 def test_the_run_goes_on_from_the_one_before(
     gloo: Callable, tmp_path: Path, data: Path, whole: Config, damage: Callable[[Config, int], str]
@@ -119,6 +123,7 @@ def test_the_run_goes_on_from_the_one_before(
     assert_same_run(config, whole)
 
 
+@pytest.mark.fault("the two newest checkpoints damaged", "both set aside; goes on from the third; the same bits")
 def test_several_are_damaged(gloo: Callable, tmp_path: Path, data: Path, whole: Config) -> None:
     """The newest shows it when loaded, the next by its size; a name is taken."""
     config = copy_of(whole, tmp_path, data)
@@ -132,6 +137,7 @@ def test_several_are_damaged(gloo: Callable, tmp_path: Path, data: Path, whole: 
     assert_same_run(config, whole)
 
 
+@pytest.mark.fault("every checkpoint damaged", "the run ends in one line, and keeps them all")
 def test_the_last_one_is_never_given_up(gloo: Callable, tmp_path: Path, data: Path, whole: Config) -> None:
     config = copy_of(whole, tmp_path, data)
     for step in (6, 4, 2):
@@ -163,6 +169,7 @@ def run_blind(config: Config) -> tuple[int, list[str]]:
         pieces.open_regular = original
 
 
+@pytest.mark.fault("a checkpoint that one machine does not see", "the run ends in one line; nothing is set aside")
 def test_what_one_machine_does_not_see_is_not_damage(gloo: Callable, tmp_path: Path, data: Path, whole: Config) -> None:
     config = copy_of(whole, tmp_path, data)
     for step, said in gloo(2, run_blind, config):

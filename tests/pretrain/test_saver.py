@@ -123,6 +123,7 @@ def run_failing(config: Config, rank: int, *fails: bool) -> int | str:
         return run(config)
 
 
+@pytest.mark.fault("a disk that fails twice in a save", "tried again; saved at the third try")
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_save_is_tried_again(gloo: Callable, tmp_path: Path, data: Path, asynchronous: str) -> None:
     config = tiny_config(tmp_path, data, f"checkpoint.asynchronous={asynchronous}")
@@ -135,6 +136,7 @@ def test_a_save_is_tried_again(gloo: Callable, tmp_path: Path, data: Path, async
     assert not list((config.run.folder / "checkpoints").glob(".tmp*"))
 
 
+@pytest.mark.fault("a disk that fails in all tries of a save", "said and recorded; the run goes on and saves later")
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_periodic_save_may_fail(gloo: Callable, tmp_path: Path, data: Path, asynchronous: str) -> None:
     config = tiny_config(
@@ -146,6 +148,9 @@ def test_a_periodic_save_may_fail(gloo: Callable, tmp_path: Path, data: Path, as
     assert [save["step"] for save in records(config, "save")] == [2, 6]
 
 
+@pytest.mark.fault(
+    "a disk that does not recover", "the run ends in one line; the last checkpoint is whole, and the next start goes on"
+)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_too_many_failures_end_the_run(gloo: Callable, tmp_path: Path, data: Path, asynchronous: str) -> None:
     names = (f"checkpoint.asynchronous={asynchronous}", "checkpoint.retries=0", "checkpoint.failures_limit=2")
@@ -266,6 +271,9 @@ train(load_config(pathlib.Path(sys.argv[1])), World(0, 1, torch.device("cpu")))
 """
 
 
+@pytest.mark.fault(
+    "kill -9 in a save beside training, just before its rename", "the earlier checkpoint; the same bits at the end"
+)
 def test_kill_9_beside_training(gloo: Callable, tmp_path: Path, data: Path) -> None:
     """After everything is written and before the rename: the checkpoint before it is there, and the run goes on."""
     config = tiny_config(tmp_path, data, "train.steps=8")

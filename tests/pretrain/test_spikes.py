@@ -1,6 +1,10 @@
 """Spikes of the loss: skipped, and when they last, the run goes back and leaves their rows out, the same each time."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,10 @@ def check_same(mine: Config, theirs: Config) -> None:
 LOW_RANK = ("optimizer.kind=low_rank", "optimizer.low_rank.rank=4", "optimizer.low_rank.refresh_steps=3")
 
 
+@pytest.mark.fault(
+    "losses x100 or NaN that last, with `spikes.deviations`",
+    "goes back; the bits of a run whose data never had these rows",
+)
 @pytest.mark.parametrize(
     ("factor", "more"), [(100.0, ()), (float("nan"), LOW_RANK)], ids=["x100", "nan, with a clock of its own"]
 )
@@ -109,6 +117,7 @@ def test_a_lasting_spike_is_as_if_its_rows_were_not(
     assert progress["skipped"] == 0
 
 
+@pytest.mark.fault("killed within a spike, or after going back", "the same bits as not killed")
 @pytest.mark.parametrize("call", [5, 7, 8], ids=["in the spike", "after the rewind", "later"])
 def test_killed_in_between_it_comes_to_the_same(gloo: Callable, tmp_path: Path, data: Path, call: int) -> None:
     """Call 6 is the step in which the host learns that the spike has lasted; step 4, within it, is saved."""
@@ -129,6 +138,7 @@ def test_rows_left_out_stay_out_without_a_checkpoint_that_knows(gloo: Callable, 
     check_same(config, whole)
 
 
+@pytest.mark.fault("one loss x100, with `spikes.deviations`", "its update is skipped on all ranks, and recorded")
 def test_a_short_spike_is_skipped(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, *ON)
     assert gloo(2, run, config, (12, 16), 100.0) == [8, 8]
@@ -139,6 +149,7 @@ def test_a_short_spike_is_skipped(gloo: Callable, tmp_path: Path, data: Path) ->
     assert records(config, "train")[-1]["skipped"] == 1
 
 
+@pytest.mark.fault("a spike that comes again after going back", "the run ends in one line")
 @pytest.mark.parametrize(
     ("bad", "limit", "reason"),
     [((12, 999), 1, "gone back 1 times already (spikes.rewinds_limit=1)"), ((4, 99), 9, "no checkpoint from before")],
@@ -182,3 +193,53 @@ def test_stretches_add_up() -> None:
     assert not skipped.continues(SkippedRows.read([[8, 24]]))
     with pytest.raises(UserError):
         SkippedRows.read([[8]])
+
+
+# From step 4 on, the loss and gradients of a batch times 100, then NaN, by rows; or a run whose data never had them.
+HARMED = """
+import sys
+from headrace.data import TokenRows
+from headrace.launch.cli import main
+from headrace.pretrain.engine import Engine
+before, row = Engine.forward_backward, TokenRows.row
+def forward_backward(self, batch):
+    loss_sum, targets = before(self, batch)
+    factor = 100.0 if 12 <= batch.first_row < 16 else float("nan") if 16 <= batch.first_row < 20 else 1.0
+    for parameter in self.named_parameters().values():
+        parameter.grad.mul_(factor)
+    return loss_sum * factor, targets
+if sys.argv.pop(1) == "spiked":
+    Engine.forward_backward = forward_backward
+else:
+    TokenRows.row = lambda self, k: row(self, k if k < 8 else k + 12)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fault(
+    "a loss x100 and then NaN, by `headrace train` in two processes",
+    "goes back; the bits of a run whose data never had these rows",
+)
+def test_from_the_command_line(tmp_path: Path, data: Path) -> None:
+    script = tmp_path / "harmed.py"
+    script.write_text(HARMED)
+    processes = []
+    for name in ("spiked", "never"):
+        config = tiny_config(tmp_path, data, *ON, f"run.name={name}")
+        (tmp_path / f"{name}.toml").write_text(config.to_toml())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(script), name, "train", str(tmp_path / f"{name}.toml")]
+        for rank in range(2):
+            told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **told}
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    told = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, told
+    mine, theirs = (tiny_config(tmp_path, data, *ON, f"run.name={name}") for name in ("spiked", "never"))
+    check_same(mine, theirs)
+    (rewind,) = records(mine, "rewind")
+    assert (rewind["spike"], rewind["rows"]) == ([4, 5], [8, 20])
+    assert rewind["losses"][0] > 50 * rewind["limit"]
+    assert rewind["losses"][1] is None

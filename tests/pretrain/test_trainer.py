@@ -208,6 +208,7 @@ def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
     return progress.step, progress.skipped
 
 
+@pytest.mark.fault("NaN in a gradient", "the update is skipped on all ranks, and counted")
 def test_non_finite_updates_are_skipped_on_all_ranks_and_counted(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
     assert gloo(2, run_with_nan, config, {3, 5}) == [(6, 2), (6, 2)]
@@ -237,6 +238,7 @@ def test_speed_is_that_of_all_updates_since_the_line_before(gloo: Callable, tmp_
         tokens = line["tokens"]
 
 
+@pytest.mark.fault("NaN in every gradient", "the run ends in one line; the checkpoint before is whole")
 def test_a_run_that_stays_non_finite_stops(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "train.nonfinite_limit=3")
     for message in gloo(2, run_with_nan, config, {2, 3, 4, 5, 6}):
@@ -378,6 +380,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
         check_compiler()
 
 
+@pytest.mark.fault("other data at resume", "refused; what differs named")
 def test_other_data_under_the_same_path_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
     gloo(1, run_to_end, config)
