@@ -2,9 +2,10 @@
 
 `python benchmarks/soak.py --minutes 120 --every 60` trains a small model in two processes on the CPU, and draws faults
 with exponential waiting times: kills, preemption, hangs, damaged checkpoints, a full disk (all in soak_faults.py). A
-loop starts the launcher again when it is gone, as slurm does with a job. First the same run is made undisturbed: in the
-end every step's loss, weights and optimizer state must be the same bits. The status is 1 if they are not, or if a
-person would have had to come: a start that ended as the user's mistake, or a run that came no further.
+loop starts the launcher again when it is gone, as slurm does with a job. Beside it the same run goes undisturbed, which
+makes both half as fast: in the end every step's loss, weights and optimizer state must be the same bits. The status is
+1 if they are not, or if a person would have had to come: a start that ended as the user's mistake, or a run that came
+no further.
 
 `--write` puts the table into docs/faults.md. Linux; a disk that is full needs root, who may mount a tmpfs.
 """
@@ -156,9 +157,9 @@ def describe(outcome: Outcome) -> str:
     left_out = f" {outcome.left_out}" if outcome.left_out else ""
     return (
         f"`python benchmarks/soak.py --minutes {outcome.minutes:g} --every {outcome.every_s:g} --seed {outcome.seed}`: "
-        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, a checkpoint every {outcome.save_every} steps, "
-        f"beside training. Faults come at random times, {outcome.every_s:g} s apart on average; a loop starts the "
-        f"launcher again when it is gone.{left_out}\n\n"
+        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, beside the undisturbed run on the same, a checkpoint "
+        f"every {outcome.save_every} steps. Faults come at random times, {outcome.every_s:g} s apart on average; a loop "
+        f"starts the launcher again when it is gone.{left_out}\n\n"
     )
 
 
@@ -215,14 +216,26 @@ def small_disk(folder: Path) -> Iterator[str]:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def undisturbed(config: Path, overrides: list[str], out: Path) -> float:
-    """Make a run that nothing happens to; seconds a step, with saves and evaluations."""
-    print("undisturbed:", *overrides[len(OPTIONS) :], flush=True)
-    with (out / "undisturbed.log").open("ab") as log:
-        subprocess.run(launch_command(config, overrides), stdout=log, stderr=log, env=environment(), check=True)
-    folder = load_config(config, overrides).run.folder
-    last = read_starts(folder / "starts.jsonl")[-1]
-    return sum(last.parts.get(phase, 0.0) for phase in ("train", "eval", "save")) / last.points[-1].step
+class Undisturbed:
+    """A run that nothing happens to, from its beginning on."""
+
+    def __init__(self, config: Path, overrides: list[str], out: Path) -> None:
+        print("undisturbed:", *overrides[len(OPTIONS) :], flush=True)
+        self.folder = load_config(config, overrides).run.folder
+        with (out / "undisturbed.log").open("ab") as log:
+            command = launch_command(config, overrides)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+
+    def finish(self) -> float:
+        """Wait for its end; seconds a step, with saves and evaluations.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        if status := self.process.wait():
+            raise subprocess.CalledProcessError(status, self.process.args)
+        last = read_starts(self.folder / "starts.jsonl")[-1]
+        return sum(last.parts.get(phase, 0.0) for phase in ("train", "eval", "save")) / last.points[-1].step
 
 
 def disturb(run: SoakRun, faults: Sequence[Planned], limit_s: float) -> None:
@@ -261,18 +274,22 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
     data = prepare_tiny(out)
     config = out / "soak.toml"
     config.write_text(CONFIG.replace("[data]", f'root = "{out}"\n[data]\nfolder = "{data}"'))
-    step_s = undisturbed(config, [*OPTIONS, f"train.steps={CALIBRATION_STEPS}", "run.name=calibration"], out)
-    save_every = max(1, round(SAVE_EVERY_S / step_s))
+    step_s = Undisturbed(config, [*OPTIONS, f"train.steps={CALIBRATION_STEPS}", "run.name=calibration"], out).finish()
+    save_every = max(1, round(SAVE_EVERY_S / (2 * step_s)))
     if steps is None:
-        steps = math.ceil(60 * minutes / step_s * every_s / (every_s + FAULT_S))
+        steps = math.ceil(60 * minutes / (2 * step_s) * every_s / (every_s + FAULT_S))
     same = [*OPTIONS, f"train.steps={steps}", f"checkpoint.every_steps={save_every}"]
-    step_s = undisturbed(config, [*same, "run.name=whole"], out)
+    whole = Undisturbed(config, [*same, "run.name=whole"], out)
     folder = out / "disturbed"
     command = launch_command(config, [*same, "run.name=disturbed"])
     run = SoakRun(command, folder, steps, out)
     with small_disk(run.checkpoints) as left_out:
         kinds = [kind for kind in FAULTS if not left_out or kind != "full_disk"]
-        disturb(run, draw_faults(seed, minutes, every_s, kinds), 60 * minutes)
+        try:
+            disturb(run, draw_faults(seed, minutes, every_s, kinds), 60 * minutes)
+            undisturbed_s = whole.finish()
+        finally:
+            whole.process.kill()
         goodput = measure_goodput(read_starts(folder / "starts.jsonl"))
         assert goodput is not None
         outcome = Outcome(
@@ -280,12 +297,12 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
             every_s=every_s,
             seed=seed,
             steps=steps,
-            step_s=step_s,
+            step_s=undisturbed_s,
             save_every=save_every,
             launches=run.launches,
             goodput=goodput,
             interventions=run.interventions,
-            differences=differences(folder, out / "whole"),
+            differences=differences(folder, whole.folder),
             set_aside=len(list(run.checkpoints.glob("damaged-*"))),
             hangs_named=(out / "launcher.log").read_text(errors="replace").count("/logs/hang.txt; "),
             left_out=left_out,
