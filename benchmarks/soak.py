@@ -157,9 +157,9 @@ def describe(outcome: Outcome) -> str:
     left_out = f" {outcome.left_out}" if outcome.left_out else ""
     return (
         f"`python benchmarks/soak.py --minutes {outcome.minutes:g} --every {outcome.every_s:g} --seed {outcome.seed}`: "
-        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, beside the undisturbed run on the same, a checkpoint "
-        f"every {outcome.save_every} steps. Faults come at random times, {outcome.every_s:g} s apart on average; a loop "
-        f"starts the launcher again when it is gone.{left_out}\n\n"
+        f"two processes on {len(os.sched_getaffinity(0))} CPU cores, beside the undisturbed run on the same, a "
+        f"checkpoint every {outcome.save_every} steps. Faults come at random times, {outcome.every_s:g} s apart on "
+        f"average; a loop starts the launcher again when it is gone.{left_out}\n\n"
     )
 
 
