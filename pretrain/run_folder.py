@@ -14,6 +14,7 @@ from typing import IO, Any
 from .. import __version__
 from ..errors import UserError
 from .config import Config, load_config
+from .config_io import to_tables
 
 # A resumed run must compute what the first start would have, so these tables must not change ...
 FIXED = ("run", "model", "data", "optimizer", "schedule", "train")
@@ -100,6 +101,22 @@ def check_unchanged(path: Path, config: Config) -> None:
                 f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
                 f"choose another run.name, or delete the folder to start over{go_on}"
             )
+
+
+def fixed_part(config: Config) -> dict[str, Any]:
+    """By `table.key` every value of `config` that a run which goes on must not change."""
+    found: dict[str, Any] = {}
+
+    def visit(table: dict[str, Any], where: str) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                visit(value, f"{where}.{key}")
+            elif f"{where}.{key}" not in FREE_TO_CHANGE:
+                found[f"{where}.{key}"] = value
+
+    for name in FIXED:
+        visit(to_tables(getattr(config, name)), name)
+    return found
 
 
 def write_record(folder: RunFolder, config: Config, facts: dict[str, Any]) -> None:
