@@ -85,6 +85,7 @@ class Run:
         """Remove the copies in memory. Collective."""
         if self.memory is not None:
             self.memory.clear()
+            report_copies(self.memory, self.metrics)
 
     def copy_to_memory(self) -> None:
         """Copy the state of this step into memory, where that is on. Collective."""
@@ -94,6 +95,7 @@ class Run:
         with self.clock.phase("save"):
             snapshot = take_snapshot(self.progress, self.facts)
             self.memory.take(snapshot.step, snapshot.extra, snapshot.random_states)
+        report_copies(self.memory, self.metrics)
 
     def poll(self) -> None:
         """Learn what became of saves and copies that go on beside training, once a step. Collective."""
