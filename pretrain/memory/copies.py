@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from ..checkpoint_files.folders import step_name
 from ..checkpoint_files.manifest import CheckpointError
 from .copy_file import memory_entry, write_copy
 from .exchange import Parcel, exchange
-from .folder import open_run, place_of, remove_after, remove_copies, remove_keeper, remove_keepers
+from .folder import open_run, place_of, remove_after, remove_copies, remove_keeper, remove_left
 from .identity import Identity
 from .plan import Moment, peer_shift
 from .search import Search
@@ -189,9 +190,10 @@ class MemoryCopies:
     def clear(self) -> None:
         """Remove all copies: a checkpoint on the disk has what they have, or the run is done."""
         self.finish()
-        remove_keeper(self._run, self._rank)
         if self._rank == min(self._here):
-            remove_keepers(self._run, self._here)
+            with suppress(OSError):
+                remove_left(self._run, self._here, sys.maxsize)
+        remove_keeper(self._run, self._rank)
         self._complete = []
 
     def close(self, error: BaseException | None) -> None:
@@ -222,10 +224,10 @@ class MemoryCopies:
         self._complete = self._complete[-KEEP_IN_NEED:] if failure else [*self._complete, step][-KEEP:]
         try:
             remove_copies(self._run, self._rank, set(self._complete))
+            if not failure and self._rank == min(self._here):
+                remove_left(self._run, self._here, self._complete[0])
         except OSError as error:
             logger.warning("old copies in %s cannot be removed: %s", self._run, error.strerror)
-        if not failure and self._rank == min(self._here):
-            remove_keepers(self._run, self._here)
         return failure
 
     def _write(self, job: Job) -> None:

@@ -86,11 +86,15 @@ def remove_after(run: Path, step: int) -> None:
         _remove_with_others(path)
 
 
-def remove_keepers(run: Path, keepers: set[int]) -> None:
-    """Remove what ranks outside `keepers` kept on this machine, where they were in an earlier start."""
-    for keeper, folder in _numbered(run, _KEEPER):
-        if keeper not in keepers:
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_left(run: Path, keepers: set[int], before: int) -> None:
+    """Remove copies of steps before `before` that ranks outside `keepers` left on this machine in an earlier start.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for keeper, _, path in find_copies(run):
+        if keeper not in keepers and checkpoint_step(path) < before:
+            _remove_with_others(path)
 
 
 def remove_keeper(run: Path, keeper: int) -> None:

@@ -81,7 +81,7 @@ def why_not(holdings: Sequence[Holding], pieces: Sequence[str]) -> str:
     there = [h for h in holdings if h.moment == newest]
     if misfit := next((h.misfit for h in there if h.misfit), ""):
         return f"the copies in memory of step {newest.step} are of {misfit}"
-    if any(h.pieces != pieces[h.owner] for h in there):
+    if any(h.owner >= len(pieces) or h.pieces != pieces[h.owner] for h in there):
         return f"the copies in memory of step {newest.step} are of another layout"
     missing = sorted(set(range(len(pieces))) - {h.owner for h in there})
     return f"of step {newest.step} no copy in memory is left for {name_ranks(missing)}"

@@ -25,8 +25,9 @@ from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.memory import copies, copy_file, exchange
-from headrace.pretrain.memory.folder import open_run
+from headrace.pretrain.memory.folder import find_copies, open_run, place_of, remove_left
 from headrace.pretrain.memory.plan import Holding, Moment, choose, peer_shift, why_not
+from headrace.pretrain.metrics import _scalars
 from headrace.pretrain.trainer import train
 from tiny import tiny_config
 
@@ -362,7 +363,7 @@ def test_no_memory(tmp_path: Path, gloo: Callable, data: Path) -> None:
 
 
 def run_with_little_memory(config: Config) -> tuple[int, list[str]]:
-    with mock.patch.object(copies, "available_memory", lambda: 4096):
+    with mock.patch.object(copies, "available_memory", return_value=4096):
         return run(config)
 
 
@@ -453,6 +454,21 @@ def test_what_is_chosen() -> None:
 )
 def test_peers_are_on_other_machines(machines: str, shift: int) -> None:
     assert peer_shift(machines) == shift
+
+
+def test_what_ranks_left_that_are_elsewhere_now(tmp_path: Path) -> None:
+    """Older copies than all machines hold go; newer ones may be in use by a rank that shares the folder."""
+    run_folder = open_run(tmp_path / "memory", "0123456789ab")
+    for keeper, step in ((0, 3), (7, 3), (7, 5)):
+        (place_of(run_folder, keeper, keeper) / f"step-{step:08d}").mkdir(parents=True)
+    remove_left(run_folder, {0}, 5)
+    left = [(keeper, owner, path.name) for keeper, owner, path in find_copies(run_folder)]
+    assert left == [(0, 0, "step-00000003"), (7, 7, "step-00000005")]
+
+
+def test_a_list_over_something_else_than_layers_is_no_scalar() -> None:
+    assert _scalars({"kind": "memory_resume", "step": 3, "from_peers": [1, 2]}) == {}
+    assert _scalars({"kind": "routing", "step": 3, "layers": [5], "entropy": [0.5]}) == {"routing/entropy/layer_5": 0.5}
 
 
 def test_the_setting_is_checked(tmp_path: Path, data: Path) -> None:
