@@ -20,14 +20,11 @@ from gloo_pool import WorkerError
 from headrace.data import Batch
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
-from headrace.pretrain import saver
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.memory import copies, copy_file, exchange
-from headrace.pretrain.memory.folder import find_copies, open_run, place_of, remove_left
-from headrace.pretrain.memory.plan import Holding, Moment, choose, peer_shift, why_not
-from headrace.pretrain.metrics import _scalars
+from headrace.pretrain.memory.folder import open_run
 from headrace.pretrain.trainer import train
 from tiny import tiny_config
 
@@ -44,8 +41,9 @@ def run(
     hard: bool = False,
     bad: tuple[int, int] = (0, 0),
     fails: tuple[str, int] = ("", 0),
+    shared: bool = False,
 ) -> tuple[int, list[str]]:
-    """The step a run ends at (-1: killed, -2: refused) and the warnings of this rank. Every rank has its own machine.
+    """The step a run ends at (-1: killed, -2: refused) and the warnings of this rank.
 
     Args:
         config: of the run.
@@ -53,6 +51,7 @@ def run(
         hard: by SIGKILL.
         bad: rows whose losses and gradients are a hundred times as large.
         fails: `write` or `receive`, for which there is no room on the last rank at a step.
+        shared: all ranks are on one machine, and not each on its own.
     """
     rank, forward_backward, made = dist.get_rank(), Engine.forward_backward, 0
 
@@ -81,8 +80,9 @@ def run(
     logger = logging.getLogger("headrace.pretrain")
     logger.addHandler(handler)
     with ExitStack() as stack:
-        machine = mock.patch.object(copies, "open_run", lambda folder, run: open_run(folder / f"machine-{rank}", run))
-        stack.enter_context(machine)
+        if not shared:
+            machine = mock.patch.object(copies, "open_run", lambda f, run: open_run(f / f"machine-{rank}", run))
+            stack.enter_context(machine)
         stack.enter_context(mock.patch.object(Engine, "forward_backward", worse))
         if fails[0]:
             module = {"write": copy_file, "receive": exchange}[fails[0]]
@@ -381,15 +381,21 @@ def never(gloo: Callable, tmp_path_factory: pytest.TempPathFactory, data: Path) 
     return config
 
 
-@pytest.mark.parametrize(("call", "where"), [(6, 3), (8, 5)], ids=["just after", "later"])
+@pytest.mark.parametrize(("call", "where", "shared"), [(6, 3, False), (8, 5, True)], ids=["just after", "later"])
 def test_a_rewind_removes_the_copies_of_the_spike(
-    gloo: Callable, tmp_path: Path, data: Path, never: Config, call: int, where: int
+    gloo: Callable, tmp_path: Path, data: Path, never: Config, call: int, where: int, shared: bool
 ) -> None:
+    """On one machine too, where rank 1 then takes what rank 0 kept of it beside its own."""
     config = spiked(tmp_path, data)
-    assert gloo(2, run, config, call, False, BAD) == [(-1, [])] * 2
-    assert {int(path.split("step-")[1][:8]) for path in files(config)} == ({3} if call == 6 else {4, 5})
-    assert gloo(2, run, config, 0, False, BAD) == [(8, [])] * 2
-    assert began(config) == [0, where]
+    assert gloo(2, run, config, call, False, BAD, ("", 0), shared) == [(-1, [])] * 2
+    assert {int(path.split("step-")[1][:8]) for path in files(config)} == ({4, 5} if shared else {3})
+    assert len(files(config)) == 2 * 2 * 2 * (2 if shared else 1)
+    if shared:
+        (own,) = (tmp_path / "memory").glob("*/rank-00001/of-rank-00001/step-00000005")
+        shutil.rmtree(own)
+    assert gloo(2, run, config, 0, False, BAD, ("", 0), shared) == [(8, [])] * 2
+    assert (began(config), resumed(config)) == ([0, where], [(5, [1])] if shared else [])
+    assert list((tmp_path / "memory").glob("*")) == [] if shared else files(config) == []
     assert records(config, "rewind") == records(never, "rewind")
     check_same(config, never)
 
@@ -409,74 +415,3 @@ def test_copies_from_before_a_rewind_are_not_used(gloo: Callable, tmp_path: Path
     assert began(config) == [0, 4, 3]
     assert records(config, "rewind") == records(never, "rewind")
     check_same(config, never)
-
-
-def test_a_folder_that_is_not_private_is_refused(tmp_path: Path) -> None:
-    for name, make in {
-        "open": lambda path: path.mkdir(mode=0o755),
-        "link": lambda path: path.symlink_to(tmp_path),
-        "file": Path.touch,
-    }.items():
-        make(tmp_path / name)
-        with pytest.raises(UserError, match="is not a folder of this user that is closed"):
-            open_run(tmp_path / name, "0123456789ab")
-    with pytest.raises(UserError, match="run_id"):
-        open_run(tmp_path / "fine", "../open")
-    made = open_run(tmp_path / "fine", "0123456789ab")
-    assert made.parent.stat().st_mode & 0o777 == 0o700
-
-
-def holding(seen_by: int, keeper: int, owner: int, step: int, misfit: str = "") -> Holding:
-    return Holding(seen_by, keeper, owner, Moment(step, 1, 0), f"p{owner}", f"{keeper}/{owner}/{step}", "", misfit)
-
-
-def test_what_is_chosen() -> None:
-    pieces = ["p0", "p1"]
-    own = [holding(0, 0, 0, 5), holding(1, 1, 1, 5)]
-    plan = choose([holding(1, 1, 0, 5), *own, holding(0, 0, 0, 9)], pieces)
-    assert plan is not None
-    assert (plan.moment.step, plan.from_peers) == (5, [])
-    moved = choose([holding(0, 1, 1, 5), holding(1, 0, 0, 5)], pieces)
-    assert moved is not None
-    assert [source.seen_by for source in moved.sources] == [1, 0]
-    assert choose([holding(0, 0, 0, 5)], pieces) is None
-    assert choose([holding(0, 0, 0, 5), holding(1, 1, 1, 5, "x")], pieces) is None
-    assert choose(own, ["p0", "other"]) is None
-    assert why_not([], pieces) == ""
-    assert why_not(own, ["p0", "other"]) == "the copies in memory of step 5 are of another layout"
-    again = [holding(0, 0, 0, 5), Holding(1, 1, 1, Moment(5, 2, 0), "p1", "", "")]
-    assert choose(again, pieces) is None, "two starts made them"
-
-
-@pytest.mark.parametrize(
-    ("machines", "shift"),
-    [("a", 0), ("aa", 1), ("ab", 1), ("aabb", 2), ("abab", 1), ("aaaabbbbcccc", 4), ("aaab", 1)],
-)
-def test_peers_are_on_other_machines(machines: str, shift: int) -> None:
-    assert peer_shift(machines) == shift
-
-
-def test_what_ranks_left_that_are_elsewhere_now(tmp_path: Path) -> None:
-    """Older copies than all machines hold go; newer ones may be in use by a rank that shares the folder."""
-    run_folder = open_run(tmp_path / "memory", "0123456789ab")
-    for keeper, step in ((0, 3), (7, 3), (7, 5)):
-        (place_of(run_folder, keeper, keeper) / f"step-{step:08d}").mkdir(parents=True)
-    remove_left(run_folder, {0}, 5)
-    left = [(keeper, owner, path.name) for keeper, owner, path in find_copies(run_folder)]
-    assert left == [(0, 0, "step-00000003"), (7, 7, "step-00000005")]
-
-
-def test_a_list_over_something_else_than_layers_is_no_scalar() -> None:
-    assert _scalars({"kind": "memory_resume", "step": 3, "from_peers": [1, 2]}) == {}
-    assert _scalars({"kind": "routing", "step": 3, "layers": [5], "entropy": [0.5]}) == {"routing/entropy/layer_5": 0.5}
-
-
-def test_the_setting_is_checked(tmp_path: Path, data: Path) -> None:
-    for override, part in {
-        "checkpoint.memory_every_steps=-1": "must not be negative",
-        "checkpoint.memory_every_steps=4": "must be below checkpoint.every_steps=4",
-        "checkpoint.memory_folder=here": "must be an absolute path",
-    }.items():
-        with pytest.raises(UserError, match=part):
-            configured(tmp_path, data, override)
-    assert saver.CLOSE_S == copies.CLOSE_S
