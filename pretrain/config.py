@@ -155,6 +155,9 @@ class CheckpointConfig:
         asynchronous: whether training goes on while a periodic checkpoint is written, from a copy in host memory.
         retries: how often a save that the disk did not take is tried again, after 1, 2, 4, ... seconds.
         failures_limit: periodic saves in a row that may fail so, the last of which ends the run.
+        memory_every_steps: steps between two copies of the state in memory, each on its machine and on another one; a
+            start after a crash goes on from them where they are newer than the newest checkpoint. 0 makes none.
+        memory_folder: where these lie: a folder on every machine that outlives processes, of this user alone.
     """
 
     every_steps: int = 0
@@ -166,6 +169,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     retries: int = 3
     failures_limit: int = 3
+    memory_every_steps: int = 0
+    memory_folder: str = "/dev/shm/headrace"
 
     @property
     def is_periodic(self) -> bool:
@@ -181,6 +186,15 @@ class CheckpointConfig:
             found.append("checkpoint.every_steps and checkpoint.time_share both say when to save; set one of them to 0")
         if self.failure_every_s <= 0:
             found.append(f"checkpoint.failure_every_s={self.failure_every_s} must be above 0")
+        if self.memory_every_steps < 0:
+            found.append(f"checkpoint.memory_every_steps={self.memory_every_steps} must not be negative")
+        if self.memory_every_steps > 0 and 0 < self.every_steps <= self.memory_every_steps:
+            found.append(
+                f"checkpoint.memory_every_steps={self.memory_every_steps} must be below "
+                f"checkpoint.every_steps={self.every_steps}, or 0: copies no newer than a checkpoint are of no use"
+            )
+        if not Path(self.memory_folder).is_absolute():
+            found.append(f"checkpoint.memory_folder={self.memory_folder} must be an absolute path, as /dev/shm/NAME")
         if self.retries < 0:
             found.append(f"checkpoint.retries={self.retries} must not be negative")
         if self.failures_limit < 1:

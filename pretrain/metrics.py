@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .config import Config
+from .memory import name_ranks
 from .run_folder import cut_metrics
 from .tensorboard import TensorBoard
 
@@ -80,6 +81,21 @@ class Metrics:
             f"goes on, and ends if it comes to {limit} (checkpoint.failures_limit): make room, or see to the disk"
         )
 
+    def memory(self, record: dict[str, Any]) -> None:
+        """A copy of the state is in memory (see docs/metrics.md)."""
+        self._write({"kind": "memory", **record})
+
+    def memory_failed(self, step: int, reason: str) -> None:
+        """The copy of the state of `step` could not be made, and training goes on."""
+        self.show(f"step {step} | WARNING: no copy in memory was made: {reason}; training goes on")
+        self._write({"kind": "memory_failed", "step": step, "reason": reason})
+
+    def memory_resume(self, step: int, from_peers: list[int]) -> None:
+        """The run goes on from copies in memory of `step`, those of some ranks from where their peers kept them."""
+        peers = f", {name_ranks(from_peers)} from {'its peer' if len(from_peers) == 1 else 'their peers'}"
+        self.show(f"resumed from memory of step {step}{peers if from_peers else ''}")
+        self._write({"kind": "memory_resume", "step": step, "from_peers": from_peers})
+
     def spike(self, record: dict[str, Any]) -> None:
         """An update was skipped because its loss jumped or its gradient was not finite (see docs/metrics.md)."""
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -149,6 +165,8 @@ def _scalars(record: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, list):
             found[f"{kind}/{key}"] = value
+            continue
+        if not layers:  # a list over something else
             continue
         for layer, entry in zip(layers, value, strict=True):
             if not isinstance(entry, list):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from .checkpoint import (
     read_rank_tensors,
     set_aside,
 )
+from .memory import Kept
 from .optimizers import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -110,8 +112,11 @@ def resume_training(
     rank: int,
     fresh_optimizer: bool = False,
     before: int | None = None,
+    in_memory: Callable[[int], Kept | None] | None = None,
 ) -> Progress | None:
     """Load the newest whole checkpoint in `folder` into `tensors`; None when there is none. Collective.
+
+    Copies in memory that are newer go first: `in_memory(step)` loads the newest of those made after `step`.
 
     A damaged one is set aside under another name, with a warning, and the one before it is taken; rank 0 looks and
     renames. With `fresh_optimizer`, state that another optimizer saved is left where it is; with `before`, only
@@ -122,12 +127,36 @@ def resume_training(
         UserError: as `read_matching`, or no whole checkpoint is left; the same on every process.
     """
     filled: set[str] = set()
-    while (checkpoint := _first_says(lambda: _newest(folder, before), rank)) is not None:
+    while True:
+        checkpoint = _first_says(lambda: _newest(folder, before), rank)
+        if in_memory is not None and (kept := in_memory(_step_of(checkpoint))) is not None:
+            return _go_on_from_memory(kept)
+        if checkpoint is None:
+            return None
         try:
             return _go_on_from(checkpoint, tensors, facts, rank, fresh_optimizer, filled)
         except CheckpointDamagedError as damaged:
-            _fall_back(checkpoint, damaged, rank)
-    return None
+            good = _first_says(partial(previous_whole, checkpoint), rank)
+            kept = in_memory(_step_of(good)) if in_memory is not None else None
+            instead = f"the copies in memory of step {kept.step}" if kept else good
+            _fall_back(checkpoint, damaged, instead, rank)
+            if kept is not None:
+                return _go_on_from_memory(kept)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return checkpoint_step(checkpoint) if checkpoint else -1
+
+
+def _go_on_from_memory(kept: Kept) -> Progress:
+    _set_random_states(kept.random_states)
+    return Progress(**kept.extra["progress"])
+
+
+def _set_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _newest(folder: Path, before: int | None) -> Path | None:
@@ -162,9 +191,7 @@ def _go_on_from(
     _agree_on_damage(lambda: load_checkpoint(checkpoint, wanted, offer=False))
     random_states = _agree_on_damage(lambda: read_rank_tensors(checkpoint, rank, offer=False))
     if random_states:
-        torch.set_rng_state(random_states["cpu"])
-        if torch.cuda.is_available() and "cuda" in random_states:
-            torch.cuda.set_rng_state(random_states["cuda"])
+        _set_random_states(random_states)
     return progress
 
 
@@ -191,22 +218,21 @@ def read_matching(checkpoint: Path, facts: Facts, fresh_optimizer: bool) -> tupl
     return Progress(**extra["progress"]), not changed
 
 
-def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, rank: int) -> None:
-    """Set `checkpoint` aside, where an older one is whole. Collective."""
+def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, instead: Path | str | None, rank: int) -> None:
+    """Set `checkpoint` aside, where there is something to go on from instead. Collective."""
 
     def act() -> None:
         if isinstance(damaged, CheckpointUnreadableError) and is_whole(checkpoint):
             raise UserError(
                 f"{damaged.damage} on another rank, but is there on rank 0; let all machines read the folder"
             )
-        good = previous_whole(checkpoint)
-        if good is None:
+        if instead is None:
             raise UserError(
                 f"{damaged.damage}; there is no older good checkpoint beside it: restore one, "
                 "or choose another run.name to start over"
             )
         aside = set_aside(checkpoint)
-        logger.warning("%s; it is kept as %s, and the run goes on from %s", damaged.damage, aside.name, good)
+        logger.warning("%s; it is kept as %s, and the run goes on from %s", damaged.damage, aside.name, instead)
 
     _first_says(act, rank)
 

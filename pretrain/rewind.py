@@ -80,6 +80,8 @@ def rewind(run: Run, spike: list[Judged]) -> None:
             everywhere=True,
         )
     skipped = earlier.and_also(earlier.following(found.next_row), last.end_row)
+    if run.memory is not None:
+        run.memory.remove_after(found.step)
     do_together(lambda: abandon(config, found.step, skipped) if run.world.is_first else None)
     put_back(run, found, skipped)
     if run.metrics is not None and run.folder is not None:

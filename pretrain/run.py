@@ -20,10 +20,12 @@ from .average import WeightAverage
 from .build import build_engine, build_stage, choose_kernels, parameter_bytes
 from .config import Config
 from .engine import Engine
+from .memory import MemoryCopies
+from .memory_run import open_memory, report_copies, search_memory, tell_resumed
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .profile import StepProfiler
-from .resume import Facts, Progress, resume_training, training_tensors
+from .resume import Facts, Progress, resume_training, take_snapshot, training_tensors
 from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
 from .saver import Saver
@@ -58,6 +60,7 @@ class Run:
     lookout: Lookout | None
     profiler: StepProfiler
     saver: Saver
+    memory: MemoryCopies | None
     guard: SpikeGuard | None
     copies: CopyCheck | None
 
@@ -66,7 +69,31 @@ class Run:
         self.progress.spikes = self.guard.state() if self.guard else None
         with self.clock.phase("save"):
             self.saver.save(self.progress, must)
+        if must:
+            self.forget_memory()  # the disk has all that is there
         self.clock.saved()
+
+    def forget_memory(self) -> None:
+        """Remove the copies in memory. Collective."""
+        if self.memory is not None:
+            self.memory.clear()
+            report_copies(self.memory, self.metrics)
+
+    def copy_to_memory(self) -> None:
+        """Copy the state of this step into memory, where that is on. Collective."""
+        if self.memory is None:
+            return
+        self.progress.spikes = self.guard.state() if self.guard else None
+        with self.clock.phase("save"):
+            snapshot = take_snapshot(self.progress, self.facts)
+            self.memory.take(snapshot.step, snapshot.extra, snapshot.random_states)
+        report_copies(self.memory, self.metrics)
+
+    def poll(self) -> None:
+        """Learn what became of saves and copies that go on beside training, once a step. Collective."""
+        self.saver.poll()
+        if self.memory is not None:
+            report_copies(self.memory, self.metrics)
 
     def look_around(self) -> None:
         """Tell of a disk that fills and of a checkpoint that is old."""
@@ -97,6 +124,8 @@ class Run:
         with self.clock.phase("close"):
             self.loader.close()
             self.saver.close(error)
+            if self.memory is not None:
+                self.memory.close(error)
             self.profiler.close()
             if self.metrics is not None:
                 self.metrics.close()
@@ -172,16 +201,16 @@ def fill_run(
     average = WeightAverage(engine.named_parameters(), decay) if decay else None
     tensors = training_tensors(engine.named_parameters(), optimizers, average)
     facts = Facts(data_facts(config, rows.dataset), config.optimizer.state_facts())
-    fresh = config.checkpoint.fresh_optimizer
-    progress = resume_training(checkpoints(config), tensors, facts, world.rank, fresh) or Progress()
+    layout = mesh.degrees | ({"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {})
+    memory = open_memory(config, layout, tensors, facts, clock)
+    progress = resume_run(config, tensors, facts, memory)
     do_together(lambda: leave_out_rows(config, progress))
     kernels = choose_kernels(config, world.device)
-    carved = {"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {}
     updated_by = optimizer_facts(config, optimizers, mesh, world.device)
     record = {
         "run": clock.run_id,
         "start": clock.start,
-        "layout": mesh.degrees | carved,
+        "layout": layout,
         "data": facts.data,
         "resumed_at": progress.step,
         "kernels": kernels,
@@ -189,6 +218,7 @@ def fill_run(
     }
     tokenizer = rows.dataset.tokenizer_path
     metrics = do_together(lambda: open_record(config, folder, tokenizer, record, progress) if folder else None)
+    tell_resumed(memory, metrics, clock)
     loader = open_loader(config, mesh, rows, progress)
     size = checkpoint_bytes(config, int(updated_by["state_bytes"]))
     return Run(
@@ -209,9 +239,16 @@ def fill_run(
         lookout=Lookout(config.alerts, folder.path, size) if folder else None,
         profiler=StepProfiler(folder.path if folder else None, config.log.profile_steps, world.device),
         saver=Saver(config.checkpoint, checkpoints(config), tensors, facts, metrics, alerts),
+        memory=memory,
         guard=open_guard(config, progress, world.device),
         copies=CopyCheck(engine.named_parameters()) if config.train.checksum_every else None,
     )
+
+
+def resume_run(config: Config, tensors: dict[str, torch.Tensor], facts: Facts, memory: MemoryCopies | None) -> Progress:
+    """Put the run where its newest checkpoint, or newer copies in memory, left it. Collective."""
+    fresh, look = config.checkpoint.fresh_optimizer, search_memory(memory, config, skipped_rows_file(config))
+    return resume_training(checkpoints(config), tensors, facts, dist.get_rank(), fresh, in_memory=look) or Progress()
 
 
 def open_guard(config: Config, progress: Progress, device: torch.device) -> SpikeGuard | None:

@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import UserError
 from .checkpoint_files import latest_checkpoint
 from .config import Config, load_config
+from .config_io import to_tables
 from .source import RECORD, check_source, source_record
 
 # A resumed run must compute what the first start would have, so these tables must not change ...
@@ -104,6 +105,22 @@ def check_unchanged(path: Path, config: Config) -> None:
             )
         if int(latest.name.removeprefix("step-")) < config.train.steps and not config.checkpoint.other_code:
             check_source(path, _saved_commit(path))
+
+
+def fixed_part(config: Config) -> dict[str, Any]:
+    """By `table.key` every value of `config` that a run which goes on must not change."""
+    found: dict[str, Any] = {}
+
+    def visit(table: dict[str, Any], where: str) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                visit(value, f"{where}.{key}")
+            elif f"{where}.{key}" not in FREE_TO_CHANGE:
+                found[f"{where}.{key}"] = value
+
+    for name in FIXED:
+        visit(to_tables(getattr(config, name)), name)
+    return found
 
 
 def write_record(folder: RunFolder, config: Config, facts: dict[str, Any]) -> None:

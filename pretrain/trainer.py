@@ -85,19 +85,21 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if run.saver.is_due():
                     control.ask(Wish.PERIODIC_SAVE)
                 wish = control.agreed()
-                run.saver.poll()
+                run.poll()
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
                 save = due(progress.step, config.checkpoint.every_steps, stop) or wish.saves
-                if handle_spikes(run, pulse, settle=save):
+                must = progress.step == stop or Wish.SAVE in wish
+                copy = not must and due(progress.step, config.checkpoint.memory_every_steps, 0)
+                if handle_spikes(run, pulse, settle=save or copy):
                     skips, pace = Skips(run.world.device), Pace()
                     if wish.stops:
                         stop = progress.step
                         run.tell_stop(wish.reason)
                     continue
-                with pulse.phase(RECORD) if log or save else nullcontext():
-                    if log or save:
+                with pulse.phase(RECORD) if log or save or copy else nullcontext():
+                    if log or save or copy:
                         count_skipped(run, skips.take())  # waits for the device
                     pace.updates += 1
                     pace.tokens += targets
@@ -113,18 +115,28 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
                     with pulse.phase("evaluation"), run.clock.phase("eval"):
                         report_heldout(run, run.heldout)
-                if save:
-                    with pulse.phase("save"):
-                        run.save(must=progress.step == stop or Wish.SAVE in wish)
+                keep(run, pulse, save, must, copy)
                 if log or save:
                     run.look_around()
                 if wish.stops:
                     run.tell_stop(wish.reason)
+            if progress.step >= steps:
+                run.forget_memory()
             run.clock.set_status("finished" if progress.step >= steps else "stopped")
     finally:
         with pulse.phase("end"):
             run.close(sys.exception())
     return progress
+
+
+def keep(run: Run, pulse: Pulse, save: bool, must: bool, copy: bool) -> None:
+    """Keep this step, as a `copy` in memory and by a `save` to the disk, each where it is due. Collective."""
+    if copy or save:
+        with pulse.phase("save"):
+            if copy:
+                run.copy_to_memory()
+            if save:
+                run.save(must)
 
 
 def update(run: Run) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:

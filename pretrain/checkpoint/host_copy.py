@@ -18,16 +18,22 @@ class HostCopy:
     Args:
         tensors: by name, DTensors or plain ones.
         processes_here: how many processes of this machine do the same.
+        needed_by: the setting that asks for it, and what turns it off.
 
     Raises:
         UserError: there is not enough memory.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], processes_here: int = 1) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        processes_here: int = 1,
+        needed_by: tuple[str, str] = ("checkpoint.asynchronous=true", "checkpoint.asynchronous=false"),
+    ) -> None:
         self._sources = dict(tensors)
         locals_ = {name: _local(tensor) for name, tensor in tensors.items()}
         self.num_bytes = sum(local.numel() * local.itemsize for local in locals_.values())
-        _check_memory(self.num_bytes * processes_here)
+        _check_memory(self.num_bytes * processes_here, needed_by)
         self.tensors = {
             name: torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             for name, local in locals_.items()
@@ -51,6 +57,12 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
 
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Fill the tensors with what the copy holds."""
+        for name, source in self._sources.items():
+            _local(source).copy_(self.tensors[name])
+
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
@@ -67,10 +79,10 @@ def available_memory() -> int | None:
         return None
 
 
-def _check_memory(num_bytes: int) -> None:
+def _check_memory(num_bytes: int, needed_by: tuple[str, str]) -> None:
     free = available_memory()
     if free is not None and num_bytes > free:
         raise UserError(
-            f"checkpoint.asynchronous=true needs {num_bytes / 1e9:,.1f} GB of memory on this machine for a copy of "
-            f"what is saved, and {free / 1e9:,.1f} GB are free; set checkpoint.asynchronous=false"
+            f"{needed_by[0]} needs {num_bytes / 1e9:,.1f} GB of memory on this machine for a copy of "
+            f"what is saved, and {free / 1e9:,.1f} GB are free; set {needed_by[1]}"
         )

@@ -1,0 +1,7 @@
+"""Copies of the training state in the memory of its machine and of another one, for starts after a crash."""
+
+from .copies import Job, Kept, MemoryCopies
+from .identity import Identity, describe_pieces, digest_of
+from .plan import name_ranks
+
+__all__ = ["Identity", "Job", "Kept", "MemoryCopies", "describe_pieces", "digest_of", "name_ranks"]
