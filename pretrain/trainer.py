@@ -82,10 +82,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 skips.add(skip)
                 pulse.step(progress.step)
                 run.clock.step(progress.step, progress.tokens)
-                if run.saver.is_due():
-                    control.ask(Wish.PERIODIC_SAVE)
-                wish = control.agreed()
-                run.poll()
+                wish = listen(run, control)
                 if wish.stops:
                     stop = progress.step
                 log = due(progress.step, config.log.every_steps, steps)
@@ -127,6 +124,15 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
         with pulse.phase("end"):
             run.close(sys.exception())
     return progress
+
+
+def listen(run: Run, control: Control) -> Wish:
+    """What is asked of the run after this step; the news of saves under way is told too. Collective."""
+    if run.saver.is_due():
+        control.ask(Wish.PERIODIC_SAVE)
+    wish = control.agreed()
+    run.poll()
+    return wish
 
 
 def keep(run: Run, pulse: Pulse, save: bool, must: bool, copy: bool) -> None:
