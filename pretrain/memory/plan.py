@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+
+from ...parallel.heartbeat import spans
 
 
 @dataclass(frozen=True, order=True)
@@ -87,13 +88,9 @@ def why_not(holdings: Sequence[Holding], pieces: Sequence[str]) -> str:
     return f"of step {newest.step} no copy in memory is left for {name_ranks(missing)}"
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
     """`rank 3`, or `ranks 0-3, 8`."""
-    spans = []
-    for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
-        span = [rank for _, rank in group]
-        spans.append(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}")
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(spans)}"
+    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}"
 
 
 def peer_shift(machines: Sequence[object]) -> int:
