@@ -163,8 +163,8 @@ def row_of(name: str, losses: dict[float, float], steps: int, adam_bytes: int) -
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--only", nargs="+", choices=tuple(RIVALS), default=tuple(RIVALS))
     options = parser.parse_args()
     torch.set_num_threads(1)  # times on shared cores: several threads would wait for each other

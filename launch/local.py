@@ -134,12 +134,15 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
 def describe_failure(error: ChildFailedError, step: int | None) -> Ending:
     """How a start ended in which processes failed; those that a signal ended cannot say so themselves.
 
-    What others met because one was killed is no mistake of the user's, whatever their status.
+    What others met because one was killed is no mistake of the user's, whatever their status. After a first failure
+    the launcher itself ends the rest by SIGTERM.
     """
-    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
-    if not killed:
-        return Ending(max(failure.exitcode for failure in error.failures.values()), step)
-    rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
+    failures = error.failures
+    status = max(failure.exitcode for failure in failures.values())
+    killed = {r: f for r, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
+    if status > 0 and not (status == USER_ERROR and killed):
+        return Ending(status, step)
+    rank, failure = min((killed or failures).items(), key=lambda item: item[1].timestamp)
     hint = "; the system does that when memory runs out" if -failure.exitcode == signal.SIGKILL else ""
     last = "no step was finished yet" if step is None else f"last finished step {step}"
     print(f"headrace: error: rank {rank} was ended by {failure.signal_name()}{hint}; {last}", file=sys.stderr)

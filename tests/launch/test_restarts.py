@@ -57,7 +57,7 @@ def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.Monke
     (tmp_path / "sitecustomize.py").write_text(KILLED_AT_ONCE)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
-    launcher = start(tmp_path, data, "looping")
+    launcher = start(tmp_path, data, "looping", ["train", "--restarts", "2"])
     said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
     lines = said.splitlines()
@@ -76,8 +76,10 @@ def test_what_ranks_meet_because_one_was_killed_is_no_mistake(capsys: pytest.Cap
     met = ChildFailedError("train", {0: failure(0, 2), 1: failure(1, -signal.SIGKILL)})
     assert local.describe_failure(met, 7) == Ending(1, 7)
     assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
-    assert local.describe_failure(ChildFailedError("train", {0: failure(0, 2), 1: failure(1, 1)}), 7) == Ending(2, 7)
-    assert capsys.readouterr().err == ""
+    for status, other in ((2, 1), (2, -signal.SIGTERM), (1, -signal.SIGTERM), (1, -signal.SIGKILL)):
+        own = ChildFailedError("train", {0: failure(0, status), 1: failure(1, other)})
+        assert local.describe_failure(own, 7) == Ending(status, 7)
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
