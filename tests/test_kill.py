@@ -21,10 +21,11 @@ KILLS = times(3, 200)
 
 
 def start(config: Path, name: str, ranks: int = 2) -> subprocess.Popen[bytes]:
-    """A launcher and its ranks."""
+    """A launcher and its ranks; what they say is in `<name>.log`."""
     command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", str(ranks), f"run.name={name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    with (config.parent / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, stderr=log, env=environment)
 
 
 def kill(launcher: subprocess.Popen[bytes], generator: random.Random) -> None:
@@ -119,7 +120,7 @@ def killed_and_whole(folder: Path, kills: int, sizes: list[int], record: Callabl
     steps = 60 + 40 * kills
     text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"')
     config.write_text(text.replace("steps = 6", f"steps = {steps}").replace("every_steps = 2", "every_steps = 5"))
-    assert start(config, "whole").wait(300 + 5 * kills) == 0
+    assert start(config, "whole").wait(300 + 5 * kills) == 0, (folder / "whole.log").read_text()
     generator = random.Random(0)
     moments = []
     for number in range(kills):
@@ -127,7 +128,7 @@ def killed_and_whole(folder: Path, kills: int, sizes: list[int], record: Callabl
         moments.append(wait_for_a_moment(process, folder / "killed", generator))
         assert process.poll() is None, "the run ended before it was killed"
         kill(process, generator)
-    assert start(config, "killed").wait(300) == 0
+    assert start(config, "killed").wait(300) == 0, (folder / "killed.log").read_text()
     print(f"killed {kills} times: {dict(Counter(moments))}")
     record("tried", kills)
     assert [step for step, _, _ in losses(folder / "whole")] == list(range(1, steps + 1))
