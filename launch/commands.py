@@ -85,8 +85,11 @@ def launch(options: argparse.Namespace) -> int:
     from .batch import BatchConfig, batch_script, submit, write_script
 
     if options.nproc is not None:
-        if options.dry_run:
-            raise UserError("--dry-run shows a batch script, and --nproc starts the run here; leave one of them out")
+        asked = (options.nodes, options.gpus_per_node, options.tasks_per_node, options.time, options.sbatch)
+        if options.dry_run or asked != (1, 0, 1, "", []):
+            raise UserError(
+                "--nproc starts the run here, and slurm's options and --dry-run are for a job; leave one out"
+            )
         options.restarts = options.crash_limit
         return _train_here(options, [])
     further = tuple((name, value) for name, _, value in (entry.partition("=") for entry in options.sbatch))

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from .. import __version__
 from ..errors import UserError
-from .checkpoint_files import latest_checkpoint
+from .checkpoint_files.folders import checkpoint_step, latest_checkpoint
 from .config import Config, load_config
 from .config_io import to_tables
 from .source import RECORD, check_source, source_record
@@ -103,7 +103,7 @@ def check_unchanged(path: Path, config: Config) -> None:
                 f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
                 f"choose another run.name, or delete the folder to start over{go_on}"
             )
-        if int(latest.name.removeprefix("step-")) < config.train.steps and not config.checkpoint.other_code:
+        if checkpoint_step(latest) < config.train.steps and not config.checkpoint.other_code:
             check_source(path, _saved_commit(path))
 
 

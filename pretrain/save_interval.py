@@ -17,7 +17,7 @@ class SaveInterval:
     """Tells when the next save is due.
 
     With C the seconds that a save stops training for (the median of the last few) and M those between two failures, the
-    least is lost, by saves and by steps done again, when saves are sqrt(2 C M) apart (Young, CACM 17(9), 1974, eq. 4).
+    least is lost, by saves and by steps done again, when saves are sqrt(2 C M) apart (Young, CACM 17(9), 1974).
     They never come so close that they cost more than their share of the time: C / share.
 
     Args:

@@ -12,6 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from headrace.launch import local
+from headrace.launch.cli import main
 from headrace.launch.local import Ending, run_again_and_again
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from tiny import CONFIG
@@ -65,6 +66,12 @@ def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.Monke
     assert "headrace: started again from the newest checkpoint; 1 of 2 without a new step" in lines
     assert lines[-1] == "headrace: error: 2 starts without a new step: given up"
     assert "Traceback" not in said
+
+
+def test_a_start_here_takes_no_options_of_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--nodes", "2"], ["--sbatch", "partition=gpu"], ["--dry-run"]):
+        assert main(["launch", str(tmp_path / "tiny.toml"), "--nproc", "2", *option]) == 2
+        assert "--nproc starts the run here" in capsys.readouterr().err
 
 
 def failure(rank: int, status: int) -> ProcessFailure:

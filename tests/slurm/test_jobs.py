@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,20 +123,25 @@ def test_a_cancelled_job_has_saved(run: SlurmRun) -> None:
     run.stop_and_compare(again)
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_node_loses_power(run: SlurmRun, node: str) -> None:
-    """The first runs the batch script too; slurm finds out after its timeout, and queues the job again."""
+def lose_for_long(run: SlurmRun, node: str, lose: Callable[[str], None], regain: Callable[[str], None]) -> None:
+    """Until slurm misses the node; the job runs again when it is back, and ends with the same weights."""
     job = run.submit()
     run.wait_for_steps()
-    run.cluster.cut_power(node)
+    lose(node)
     run.cluster.wait_for(lambda: run.cluster.state(job) != "RUNNING", "slurm to miss the node")
-    run.cluster.start_node(node)
+    regain(node)
     began = time.monotonic()
     run.cluster.wait_for(lambda: run.cluster.state(job) == "RUNNING", "the job to run again")
     free = time.monotonic()
     run.wait_for_steps()
     print(f"{node}: {free - began:.0f} s until the job ran again, {time.monotonic() - free:.0f} s until 20 new steps")
     run.stop_and_compare(job)
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_node_loses_power(run: SlurmRun, node: str) -> None:
+    """The first runs the batch script too; slurm finds out after its timeout, and queues the job again."""
+    lose_for_long(run, node, run.cluster.cut_power, run.cluster.start_node)
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
@@ -164,17 +169,7 @@ def test_a_cable_is_out_for_a_moment(run: SlurmRun) -> None:
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_a_cable_is_pulled(run: SlurmRun, node: str) -> None:
     """Both ends go on computing, and cannot tell each other; slurm misses the node, and queues the job again."""
-    job = run.submit()
-    run.wait_for_steps()
-    run.cluster.pull_cable(node)
-    run.cluster.wait_for(lambda: run.cluster.state(job) != "RUNNING", "slurm to miss the node")
-    run.cluster.plug_in(node)
-    began = time.monotonic()
-    run.cluster.wait_for(lambda: run.cluster.state(job) == "RUNNING", "the job to run again")
-    free = time.monotonic()
-    run.wait_for_steps()
-    print(f"{node}: {free - began:.0f} s until the job ran again, {time.monotonic() - free:.0f} s until 20 new steps")
-    run.stop_and_compare(job)
+    lose_for_long(run, node, run.cluster.pull_cable, run.cluster.plug_in)
 
 
 def test_a_killed_rank_is_started_again_in_the_same_job(run: SlurmRun) -> None:
