@@ -14,7 +14,14 @@ from ..pretrain.explain import Explanation, explain
 from .findings import Finding, attempt, format_findings, join_findings
 from .machine import check_code_date, check_device, check_memory, check_port, check_versions
 from .network import check_clocks, check_network, gather
-from .storage import check_data, check_disk, check_run_folder, check_shared_folder, verify_data
+from .storage import (
+    check_data,
+    check_disk,
+    check_memory_folder,
+    check_run_folder,
+    check_shared_folder,
+    verify_data,
+)
 
 # Processes that do not come are not waited for as long as in a run.
 JOIN_S = 60.0
@@ -32,6 +39,11 @@ class Plan:
         """Parameters, gradients and the optimizer's state on this rank."""
         held = self.explanation.held
         return sum(entry.parameter_bytes + entry.gradient_bytes + entry.optimizer_bytes for entry in held)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of these, what this rank saves: parameters and the optimizer's state."""
+        return sum(entry.parameter_bytes + entry.optimizer_bytes for entry in self.explanation.held)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -100,6 +112,9 @@ def look_together(world: World, before: list[Finding], plan: Plan | None, full: 
         here.append(attempt("hashes", lambda: verify_data(plan.config, place, len(neighbours))))
     here.append(check_device(world.device))
     here.append(attempt("memory", lambda: check_memory(world.device, plan.held_bytes, len(neighbours))))
+    if plan.config.checkpoint.memory_every_steps:
+        copied, count = plan.saved_bytes, len(neighbours)
+        here.append(attempt("memory copies", lambda: check_memory_folder(plan.config, copied, count)))
     joined += join_findings(gather(here), hosts)
     joined += check_shared_folder(plan.config.run.folder, hosts)
     joined += _on_first(world, "run folder", lambda: check_run_folder(plan.config))

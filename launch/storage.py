@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..data import TokenDataset, Tokenizer, check_tokenizer
 from ..errors import UserError
 from ..pretrain.config import Config
+from ..pretrain.memory import check_private
 from ..pretrain.run_folder import check_unchanged
 from .findings import Finding
 from .network import gather
@@ -21,6 +22,9 @@ from .status import read_status
 
 # A network file system may show a new file to other machines some seconds late.
 VISIBLE_S = 10.0
+# Of what a rank holds: its own and its peer's, two that stay and one that is made.
+COPIES = 6
+MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"}
 
 
 def check_data(config: Config) -> Finding:
@@ -160,6 +164,45 @@ def check_disk(config: Config, checkpoint_bytes: int) -> Finding:
     if needed > free:
         return Finding("disk", "FAIL", f"{text}; make room, or lower checkpoint.keep_last={wanted - 1}")
     return Finding("disk", "warn" if 2 * needed > free else "ok", text)
+
+
+def check_memory_folder(config: Config, saved_bytes: int, neighbours: int) -> Finding:
+    """Whether copies in memory have a place on this machine that is in memory, and room there.
+
+    Args:
+        config: of the run, which makes such copies.
+        saved_bytes: parameters and optimizer state of this rank.
+        neighbours: processes on this machine.
+
+    Raises:
+        UserError: the folder is another user's, or open to others.
+        OSError: it cannot be made or looked at.
+    """
+    folder = Path(config.checkpoint.memory_folder)
+    if os.path.lexists(folder):
+        check_private(folder)
+    base = existing_parent(folder)
+    if not os.access(base, os.W_OK | os.X_OK):
+        return Finding("memory copies", "FAIL", f"{base} cannot be written to; set another checkpoint.memory_folder")
+    needed, free = COPIES * saved_bytes * neighbours, shutil.disk_usage(base).free
+    text = f"{COPIES} copies of {neighbours} ranks need {needed / 1e9:.3f} GB in {folder}, {free / 1e9:.1f} are free"
+    if needed > free:
+        return Finding("memory copies", "FAIL", f"{text}; set checkpoint.memory_every_steps=0, or use more machines")
+    if (kind := file_system(base)) not in MEMORY_FILE_SYSTEMS:
+        return Finding("memory copies", "warn", f"{text}; but {base} is not in memory ({kind}): /dev/shm/NAME is")
+    return Finding("memory copies", "ok", text)
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, as Linux names it; `unknown` elsewhere."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    # Later mounts hide earlier ones; a space in a path is written as \040.
+    kinds = {Path(where.replace("\\040", " ")): kind for _, where, kind, *_ in mounts}
+    place = folder.resolve()
+    return next((kinds[parent] for parent in (place, *place.parents) if parent in kinds), "unknown")
 
 
 def existing_parent(folder: Path) -> Path:

@@ -27,7 +27,6 @@ def open_run(folder: Path, run_id: str) -> Path:
     Raises:
         UserError: `folder` is of another user, open to others, or cannot be made; or the run's id is no name.
     """
-    where = f"checkpoint.memory_folder={folder}"
     if not _RUN_ID.fullmatch(run_id):
         raise UserError(f"the run's id {run_id!r} (file run_id) must be 1 to 64 letters, digits, '_' or '-'")
     path = folder / run_id
@@ -35,13 +34,20 @@ def open_run(folder: Path, run_id: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise UserError(f"{where} is not a folder of this user that is closed to all others; give another one")
+        check_private(folder)
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{where} cannot be used: {error.strerror}; give a folder in memory (/dev/shm/NAME)") from None
+        words = f"checkpoint.memory_folder={folder} cannot be used: {error.strerror}"
+        raise UserError(f"{words}; give a folder in memory (/dev/shm/NAME)") from None
     return path
+
+
+def check_private(folder: Path) -> None:
+    """Raises UserError where `folder` is not this user's or is open to others, OSError where it cannot be looked at."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        where = f"checkpoint.memory_folder={folder}"
+        raise UserError(f"{where} is not a folder of this user that is closed to all others; give another one")
 
 
 def place_of(run: Path, keeper: int, owner: int) -> Path:

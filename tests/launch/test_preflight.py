@@ -26,8 +26,10 @@ from headrace.launch.preflight import make_plan, preflight
 from headrace.launch.storage import (
     check_data,
     check_disk,
+    check_memory_folder,
     check_run_folder,
     check_shared_folder,
+    file_system,
     file_system_fault,
     verify_data,
 )
@@ -59,11 +61,13 @@ def write_config(folder: Path, data: Path) -> str:
 
 
 def test_all_is_well_on_two_processes(tmp_path: Path, data: Path) -> None:
-    done = headrace(write_config(tmp_path, data), "--nproc", "2", "--full", "parallel.tp=2")
+    copies = ("checkpoint.memory_every_steps=1", f"checkpoint.memory_folder={tmp_path}/memory")
+    done = headrace(write_config(tmp_path, data), "--nproc", "2", "--full", "parallel.tp=2", *copies)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = {line[6:].split("  ")[0]: line[:4].strip() for line in done.stdout.splitlines()}
     ok = ("versions", "date", "config", "port", "clocks", "data", "hashes", "memory", "run folder", "disk")
     assert {name: lines[name] for name in ok} == dict.fromkeys(ok, "ok")
+    assert lines["memory copies"] == ("ok" if file_system(tmp_path) == "tmpfs" else "warn")
     assert lines["device"] == ("ok" if torch.cuda.is_available() else "warn")
     assert "us, " in done.stdout.splitlines()[-1]
     assert "GB/s" in done.stdout.splitlines()[-1]
@@ -213,6 +217,34 @@ def test_disk(tmp_path: Path, data: Path) -> None:
         assert [check_disk(config, size).status for size in (100, 200, 334)] == ["ok", "warn", "FAIL"]
         (config.run.folder / "checkpoints" / "step-00000002").mkdir(parents=True)
         assert check_disk(config, 334).status == "warn"
+
+
+def test_copies_in_memory(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "memory"
+    config = tiny_config(tmp_path, data, "checkpoint.memory_every_steps=1", f"checkpoint.memory_folder={folder}")
+    usage = mock.Mock(return_value=mock.Mock(free=1200))
+    with mock.patch("headrace.launch.storage.shutil.disk_usage", usage):
+        with mock.patch("headrace.launch.storage.file_system", return_value="tmpfs"):
+            assert [check_memory_folder(config, size, 2).status for size in (100, 101)] == ["ok", "FAIL"]
+        with mock.patch("headrace.launch.storage.file_system", return_value="nfs4"):
+            assert "not in memory (nfs4)" in check_memory_folder(config, 100, 2).text
+    assert not folder.exists()
+    folder.mkdir(mode=0o755)
+    assert "closed to all others" in attempt("memory copies", lambda: check_memory_folder(config, 1, 1)).text
+    with mock.patch("headrace.launch.storage.os.access", return_value=False):
+        folder.chmod(0o700)
+        assert check_memory_folder(config, 1, 1).status == "FAIL"
+
+
+def test_kinds_of_file_systems(tmp_path: Path) -> None:
+    assert file_system(Path("/proc/self")) == "proc"
+    mounts = r"""a / ext4 rw 0 0
+    b /data\040one nfs4 rw 0 0
+    c /data\040one/in tmpfs rw 0 0"""
+    with mock.patch.object(Path, "read_text", return_value=mounts):
+        assert [file_system(Path(path)) for path in ("/x", "/data one/x", "/data one/in")] == ["ext4", "nfs4", "tmpfs"]
+    with mock.patch.object(Path, "read_text", side_effect=FileNotFoundError):
+        assert file_system(tmp_path) == "unknown"
 
 
 def look(folder: Path) -> list[Finding]:
