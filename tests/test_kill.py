@@ -30,8 +30,19 @@ def start(config: Path, name: str, ranks: int = 2) -> subprocess.Popen[bytes]:
 
 def kill(launcher: subprocess.Popen[bytes], generator: random.Random) -> None:
     """kill -9 of one rank, which ends the others; or of the ranks in any order, and of the launcher."""
-    ranks = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-    victims = [generator.choice(ranks)] if ranks and generator.random() < 0.5 else [*ranks, launcher.pid]
+    ranks = ranks_of(launcher)
+    one = ranks and generator.random() < 0.5
+    kill_9(launcher, [generator.choice(ranks)] if one else [*ranks, launcher.pid])
+
+
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids."""
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def kill_9(launcher: subprocess.Popen[bytes], victims: list[int]) -> None:
+    """kill -9 of the launcher or its ranks; returns when none of them is left."""
+    ranks = ranks_of(launcher)
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     launcher.wait(60)
@@ -63,6 +74,14 @@ def losses(folder: Path) -> list[tuple[int, int, float]]:
     return [(r["step"], r["tokens"], r["loss"]) for r in records if r["kind"] == "train"]
 
 
+def assert_same_bits(folder: Path, expected: Path) -> None:
+    """Losses of every step; weights and optimizer state at the end."""
+    assert losses(folder) == losses(expected)
+    found, wanted = (load_full(latest_checkpoint(run / "checkpoints")) for run in (folder, expected))
+    assert wanted.keys() == found.keys()
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.fault("kill -9 of the launcher alone", "its ranks end too: no process stays behind")
 def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     """Only the launcher is killed; a rank that trained on would hold the run folder for ever."""
@@ -75,7 +94,7 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     while steps_on_record(tmp_path / "orphan") < 1:
         assert launcher.poll() is None
         time.sleep(0.05)
-    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = ranks_of(launcher)
     assert len(ranks) == 2
     launcher.kill()
     launcher.wait()
@@ -106,6 +125,32 @@ def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path) -> None:
         assert marker["step"] >= before + 3
         before = marker["step"]
     assert [step for step, _, _ in losses(tmp_path / "asked")] == list(range(1, before + 1))
+
+
+@pytest.mark.fault(
+    "kill -9 of all and the launcher, copies in memory", "the next start goes on from memory; the same bits"
+)
+def test_a_killed_run_goes_on_from_memory(tmp_path: Path) -> None:
+    """The disk has nothing yet; copies, in a folder of the test's own, outlive all processes and go with the run."""
+    data = prepare_tiny(tmp_path)
+    config = tmp_path / "tiny.toml"
+    text = CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 40")
+    copies = f'every_steps = 0\nmemory_every_steps = 3\nmemory_folder = "{tmp_path}/memory"'
+    config.write_text(text.replace("every_steps = 2", copies))
+    assert start(config, "whole").wait(240) == 0, (tmp_path / "whole.log").read_text()
+    launcher, folder = start(config, "killed"), tmp_path / "killed"
+    while steps_on_record(folder) < 20:
+        assert launcher.poll() is None
+        time.sleep(0.002)
+    kill_9(launcher, [*ranks_of(launcher), launcher.pid])
+    assert list(folder.glob("checkpoints/step-*")) == []
+    assert start(config, "killed").wait(240) == 0, (tmp_path / "killed.log").read_text()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (resumed,) = [record for record in records if record["kind"] == "memory_resume"]
+    assert resumed["from_peers"] == []
+    assert 12 <= resumed["step"] < 40
+    assert_same_bits(folder, tmp_path / "whole")
+    assert list((tmp_path / "memory").iterdir()) == []
 
 
 def steps_on_record(folder: Path) -> int:
@@ -139,10 +184,7 @@ def killed_and_whole(folder: Path, kills: int, sizes: list[int], record: Callabl
 @pytest.mark.timeout(300 + 30 * KILLS)
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, record_property) -> None:  # type: ignore[no-untyped-def]
     killed, whole = killed_and_whole(tmp_path, KILLS, [2], record_property)
-    assert losses(killed) == losses(whole)
-    again, expected = (load_full(latest_checkpoint(folder / "checkpoints")) for folder in (killed, whole))
-    assert expected.keys() == again.keys()
-    assert all(again[name].equal(tensor) for name, tensor in expected.items())
+    assert_same_bits(killed, whole)
 
 
 @pytest.mark.fault(
