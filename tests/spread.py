@@ -21,6 +21,7 @@ from headrace.parallel.spread import spread_model
 from headrace.parallel.stages import cut_stages, stages_of_rank
 from headrace.pretrain.config import Config, RunConfig, TrainConfig
 from headrace.pretrain.engine import Engine
+from tiny import this_world
 
 SEED = 7
 Step = tuple[float, dict[str, torch.Tensor]]
@@ -104,7 +105,7 @@ def build_engine(case: Case, mesh: Mesh, world: World) -> Engine:
 
 def take_step(case: Case, mesh: Mesh) -> Step:
     """The step on the ranks of the mesh; gradients of this rank's parameters, whole. Collective."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     engine = build_engine(case, mesh, world)
     each = case.rows.count // mesh.data_ranks
     share = slice(mesh.data_rank * each, (mesh.data_rank + 1) * each)
@@ -122,14 +123,14 @@ def take_step(case: Case, mesh: Mesh) -> Step:
 
 def spread_step(config: ModelConfig, parallel: ParallelConfig, rows: Rows, recompute: Recompute = "none") -> Step:
     """One case on the ranks of the process group. Collective."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     case = Case(model=config, parallel=parallel, rows=rows, recompute=recompute)
     return take_step(case, build_mesh(parallel, world))
 
 
 def largest_errors(cases: Sequence[Case], expected: Sequence[Step]) -> list[dict[str, float]]:
     """For cases of one layout: relative errors of the loss and of this rank's gradients, by name. Collective."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     mesh = build_mesh(cases[0].parallel, world)
     return [relative_errors(take_step(case, mesh), step) for case, step in zip(cases, expected, strict=True)]
 

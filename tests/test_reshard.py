@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.mesh import build_mesh
 from headrace.pretrain.build import build_engine
 from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.optimizers import build_optimizers
 from headrace.pretrain.resume import training_tensors
 from headrace.pretrain.run import checkpoints
-from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import this_world, tiny_config, train_tiny
 
 LAYOUTS = {
     "one": (1, {}),
@@ -49,23 +47,10 @@ EXPERTS = (
 BASE = ("model.attention.num_heads=4", "train.batch_rows=6", "train.micro_batch_rows=1", "checkpoint.every_steps=3")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
-
-
 def config_for(folder: Path, data: Path, layout: str | dict[str, object], kind: str, *more: str) -> Config:
     degrees = {**LAYOUTS, **EXPERT_LAYOUTS}[layout][1] if isinstance(layout, str) else layout
     values = (f"parallel.{key}={value}" for key, value in degrees.items())
     return tiny_config(folder, data, *BASE, f"optimizer.kind={kind}", *values, *more)
-
-
-def this_world() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-
-
-def run_until(config: Config, step: int) -> int:
-    return train(config, this_world(), step).step
 
 
 def load_and_compare(config: Config, path: str) -> list[str]:
@@ -100,9 +85,9 @@ def test_a_checkpoint_goes_on_under_any_layout(
     gloo: Callable, tmp_path: Path, data: Path, saved_as: str, kind: str, more: tuple[str, ...]
 ) -> None:
     config = config_for(tmp_path, data, saved_as, kind, *more)
-    gloo(LAYOUTS[saved_as][0], run_until, config, 3, timeout_s=180)
+    gloo(LAYOUTS[saved_as][0], train_tiny, config, 3, timeout_s=180)
     path = latest_checkpoint(checkpoints(config))
-    gloo(LAYOUTS[saved_as][0], run_until, config, 6, timeout_s=180)
+    gloo(LAYOUTS[saved_as][0], train_tiny, config, 6, timeout_s=180)
     expected = losses(config)
     for layout, (ranks, _) in LAYOUTS.items():
         other = config_for(tmp_path, data, layout, kind, f"run.name={layout}", *more)
@@ -111,7 +96,7 @@ def test_a_checkpoint_goes_on_under_any_layout(
         other = config_for(tmp_path, data, layout, kind, f"run.name={layout}", *more)
         checkpoints(other).mkdir(parents=True)
         (checkpoints(other) / path.name).symlink_to(path)
-        gloo(LAYOUTS[layout][0], run_until, other, 4)
+        gloo(LAYOUTS[layout][0], train_tiny, other, 4)
         assert losses(other)[4] == pytest.approx(expected[4], rel=2e-6), layout
 
 
@@ -129,16 +114,16 @@ def test_fifty_steps_of_8_bit_states_under_another_layout(gloo: Callable, tmp_pa
         "checkpoint.every_steps=0",
     )
     config = config_for(tmp_path, data, {"tp": 2}, "adamw", *more)
-    gloo(4, run_until, config, 4)
+    gloo(4, train_tiny, config, 4)
     path = latest_checkpoint(checkpoints(config))
-    gloo(4, run_until, config, 54, timeout_s=180)
+    gloo(4, train_tiny, config, 54, timeout_s=180)
     expected = losses(config)
     for layout, (ranks, degrees) in GO_ON.items():
         other = config_for(tmp_path, data, degrees, "adamw", *more, f"run.name={layout}")
         assert gloo(ranks, load_and_compare, other, str(path)) == [[]] * ranks, layout
         checkpoints(other).mkdir(parents=True)
         (checkpoints(other) / path.name).symlink_to(path)
-        gloo(ranks, run_until, other, 54, timeout_s=180)
+        gloo(ranks, train_tiny, other, 54, timeout_s=180)
         found = losses(other)
         worst = max(abs(found[step] / expected[step] - 1) for step in range(5, 55))
         assert worst < 2e-6, layout
@@ -149,9 +134,9 @@ def test_experts_go_on_under_any_layout(gloo: Callable, tmp_path: Path, data: Pa
     saved_as, kind = "tp2-dp2-ep2", "muon"
     config = config_for(tmp_path, data, saved_as, kind, *EXPERTS)
     ranks = EXPERT_LAYOUTS[saved_as][0]
-    gloo(ranks, run_until, config, 3, timeout_s=180)
+    gloo(ranks, train_tiny, config, 3, timeout_s=180)
     path = latest_checkpoint(checkpoints(config))
-    gloo(ranks, run_until, config, 5, timeout_s=180)
+    gloo(ranks, train_tiny, config, 5, timeout_s=180)
     loads = records(config, "routing", "load")
     assert any(value for layer in records(config, "routing", "bias")[5] for value in layer)
     for layout, (ranks, _) in EXPERT_LAYOUTS.items():
@@ -159,7 +144,7 @@ def test_experts_go_on_under_any_layout(gloo: Callable, tmp_path: Path, data: Pa
         assert gloo(ranks, load_and_compare, other, str(path)) == [[]] * ranks, layout
         checkpoints(other).mkdir(parents=True)
         (checkpoints(other) / path.name).symlink_to(path)
-        gloo(ranks, run_until, other, 5, timeout_s=120)
+        gloo(ranks, train_tiny, other, 5, timeout_s=120)
         assert losses(other)[4] == pytest.approx(losses(config)[4], rel=2e-6), layout
         assert records(other, "routing", "load")[4] == loads[4], layout
         mine, theirs = (records(run, "eval", "bits_per_byte")[4] for run in (other, config))
@@ -177,7 +162,7 @@ def alone(gloo: Callable, tmp_path_factory: pytest.TempPathFactory, data: Path) 
     for precision in ("float32", "bfloat16"):
         names = (f"run.name=one-{precision}", f"train.precision={precision}")
         found[precision] = config_for(tmp_path_factory.mktemp("alone"), data, "one", "muon", *EVALUATION, *names)
-        gloo(1, run_until, found[precision], 4)
+        gloo(1, train_tiny, found[precision], 4)
     return found
 
 
@@ -191,7 +176,7 @@ def test_training_and_evaluation_agree(
             continue
         names = (f"run.name={precision}", f"train.precision={precision}")
         config = config_for(tmp_path, data, layout, "muon", *EVALUATION, *names)
-        gloo(LAYOUTS[layout][0], run_until, config, 4, timeout_s=120)
+        gloo(LAYOUTS[layout][0], train_tiny, config, 4, timeout_s=120)
         for kind, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "bits_per_byte")):
             expected, found = (records(run, kind, key) for run in (alone[precision], config))
             assert len(expected) == (4 if kind == "train" else 2)

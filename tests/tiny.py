@@ -1,10 +1,18 @@
 """A corpus of a few pages, prepared, and a run on it that takes a second."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from headrace.data import PrepareConfig, TokenizerConfig, prepare
+from headrace.errors import UserError
+from headrace.parallel.mesh import World
 from headrace.pretrain.config import Config, load_config
+from headrace.pretrain.trainer import train
 
 WORDS = ("river", "gate", "channel", "wheel", "water", "mill", "stone", "grain", "flour", "weir", "lake", "and")
 
@@ -56,6 +64,35 @@ def prepare_tiny(folder: Path) -> Path:
     tokenizer = TokenizerConfig(vocab_size=320)
     prepare(PrepareConfig(corpus=str(corpus), out=str(out), heldout_fraction=0.2, tokenizer=tokenizer))
     return out
+
+
+def this_world() -> World:
+    """This process in the group it is in, on the CPU."""
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def train_tiny(config: Config, until: int | None = None) -> int:
+    """The step at which a run ends."""
+    return train(config, this_world(), until).step
+
+
+def train_or_refusal(config: Config, until: int | None = None) -> int | str:
+    """The same, or the line with which all ranks are refused."""
+    try:
+        return train_tiny(config, until)
+    except UserError as error:
+        return str(error) if error.everywhere else "every rank would print its own"
+
+
+def records(config: Config, *kinds: str) -> list[dict[str, Any]]:
+    """Of these kinds, in the order in which the run wrote them."""
+    lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] in kinds]
+
+
+def losses(config: Config) -> list[float]:
+    """Of every step on record."""
+    return [record["loss"] for record in records(config, "train")]
 
 
 def tiny_config(folder: Path, data: Path, *overrides: str) -> Config:

@@ -10,12 +10,7 @@ import pytest
 
 from headrace import __version__
 from headrace.launch.cli import main, parse
-from tiny import CONFIG, prepare_tiny
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+from tiny import CONFIG
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.data import Batch
 from headrace.launch.cli import main
@@ -17,13 +16,14 @@ from headrace.launch.explain import format_explanation
 from headrace.model.ffns.moe import MoEConfig
 from headrace.model.presets import PRESETS
 from headrace.parallel.dry_run import share_that_needs
-from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.mesh import build_mesh
 from headrace.parallel.traffic import Sent, Traffic
 from headrace.pretrain.build import build_engine
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.explain import default_world, explain
 from headrace.pretrain.optimizers import build_optimizers
 from headrace.pretrain.optimizers.sharded import local_part
+from tiny import this_world
 
 CONFIG = """
 [run]
@@ -81,7 +81,7 @@ def path(tmp_path: Path) -> Path:
 
 def real_update(config: Config) -> tuple[Counter[Sent], dict[str, int], int]:
     """What one real update on this rank sends, and bytes of its parameters by name and of its optimizers."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     mesh = build_mesh(config.parallel, world)
     engine = build_engine(config, mesh, world)
     optimizers = build_optimizers(engine.models, config.optimizer)

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.launch.local import LAUNCHER, run_processes
-from tiny import CONFIG, prepare_tiny
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+from tiny import CONFIG
 
 
 def children(pid: int) -> list[int]:

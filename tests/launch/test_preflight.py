@@ -36,9 +36,7 @@ from headrace.launch.storage import (
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import load_full
-from headrace.pretrain.config import Config
-from headrace.pretrain.trainer import train
-from tiny import CONFIG, tiny_config
+from tiny import CONFIG, tiny_config, train_tiny
 
 CPU = torch.device("cpu")
 
@@ -194,10 +192,6 @@ def test_a_file_system_that_does_not_lock(tmp_path: Path) -> None:
         assert "locked again" in file_system_fault(tmp_path)
 
 
-def run_to_end(config: Config) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), CPU)).step
-
-
 def test_a_checkpoint_is_as_large_as_foretold(gloo: Callable, tmp_path: Path, data: Path) -> None:
     """By the figures of a run that is played through: weights, moments and averages, counters of four bytes aside."""
     path = tmp_path / "tiny.toml"
@@ -205,7 +199,7 @@ def test_a_checkpoint_is_as_large_as_foretold(gloo: Callable, tmp_path: Path, da
     path.write_text(config.to_toml())
     plan, _ = make_plan(path, [], 0, 2)
     assert plan is not None
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     tensors = load_full(config.run.folder / "checkpoints" / "step-00000002")
     assert plan.checkpoint_bytes == sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim)
 

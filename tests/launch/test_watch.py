@@ -17,17 +17,12 @@ import torch.distributed as dist
 
 from headrace.errors import UserError
 from headrace.parallel.watch import Watch
-from tiny import CONFIG, prepare_tiny
+from tiny import CONFIG
 
 TIMEOUT_S = 10.0
 LINE = r"headrace: error: {} \({}\) {}.*; last finished step \d+; start the run again"
 HOST = os.uname().nodename
 PROGRESS = re.compile(r"\d\d:\d\d:\d\d ")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
 @dataclass

@@ -11,18 +11,13 @@ from torch.distributed.tensor import DTensor
 
 from headrace.errors import UserError
 from headrace.parallel.copies import CopyCheck, checksums
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint
 from headrace.pretrain.config import Config
 from headrace.pretrain.run import build_run
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import this_world, tiny_config
 
 HOST = os.uname().nodename
-
-
-def world() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def flip(parameter: torch.Tensor, bit: int) -> None:
@@ -33,7 +28,7 @@ def flip(parameter: torch.Tensor, bit: int) -> None:
 
 def find_flips(config: Config, flips: dict[int, str], bit: int) -> str:
     """What is said after the ranks in `flips` flipped a bit of the parameter named there."""
-    run = build_run(config, world())
+    run = build_run(config, this_world())
     try:
         check = CopyCheck(run.engine.named_parameters())
         check.check(1)
@@ -87,7 +82,7 @@ def train_with_a_flip(config: Config) -> str:
     Engine.zero_grad = zero_grad  # type: ignore[method-assign]
     try:
         with pytest.raises(UserError) as caught:
-            train(config, world())
+            train(config, this_world())
         return str(caught.value)
     finally:
         Engine.zero_grad = before  # type: ignore[method-assign]
@@ -115,7 +110,7 @@ def test_a_sound_run_passes(gloo: Callable, tmp_path: Path, data: Path, ranks: i
 
 
 def train_to_end(config: Config) -> int:
-    return train(config, world()).step
+    return train(config, this_world()).step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

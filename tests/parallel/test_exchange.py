@@ -13,9 +13,10 @@ from headrace.parallel.config import Exchange, ParallelConfig
 from headrace.parallel.context import SegmentedContext, share_row
 from headrace.parallel.exchange import StateExchange, choose
 from headrace.parallel.layout import SequenceLayout, contiguous, zigzag
-from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.mesh import build_mesh
 from headrace.parallel.recompute import Recompute, recompute_blocks
 from headrace.parallel.state_passing import EnteringStates, RememberedExchange
+from tiny import this_world
 
 HOWS: tuple[Exchange, ...] = ("chain", "doubling", "gather", "auto")
 # Shapes of M and of S.
@@ -104,7 +105,7 @@ def test_recomputation_gets_the_states_it_was_given(gloo: Callable, name: str, h
 
 def recomputed_gradients(name: str, how: Recompute) -> list[list[float]]:
     config = ParallelConfig(cp=2)
-    mesh = build_mesh(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    mesh = build_mesh(config, this_world())
     _, seq = share_row(config, mesh, [torch.zeros(1, 4)], None)
     assert isinstance(seq, SegmentedContext)
     transition, m_shape, s_shape = CLASSES[name]

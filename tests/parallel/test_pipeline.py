@@ -18,13 +18,14 @@ from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.model.sequence import LayerStates, SequenceContext
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.fsdp import materialise
-from headrace.parallel.mesh import Mesh, World, build_mesh
+from headrace.parallel.mesh import Mesh, build_mesh
 from headrace.parallel.pipeline import Pipeline, SplitBackward
 from headrace.parallel.recompute import Recompute
 from headrace.parallel.spread import spread_model
 from headrace.parallel.stages import cut_stages, stages_of_rank
 from headrace.parallel.tensor import sum_replicated_gradients
 from spread import Rows, Step, differences, one_process
+from tiny import this_world
 
 L = 22
 SMALL = {
@@ -55,7 +56,7 @@ def looped(schedule: str = "interleaved", **degrees: int | str) -> ParallelConfi
 
 def build(case: Case, compute_dtype: torch.dtype = torch.float32) -> tuple[Pipeline, Mesh, list[HybridLM]]:
     """This rank's stages, float64 unless they compute in something narrower than float32."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     mesh = build_mesh(case.parallel, world)
     cuts = cut_stages(case.model, case.parallel.num_stages, L)
     mine = stages_of_rank(case.parallel, mesh.rank("pp"))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.model.config import ModelConfig
 from headrace.model.ffns.mlp import MLPConfig
@@ -21,6 +20,7 @@ from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.recompute import Recompute, recompute_blocks
 from headrace.parallel.spread import spread_model
 from spread import Case, Rows, largest_errors, one_process, spread_step
+from tiny import this_world
 
 B, L = 8, 21
 
@@ -167,7 +167,7 @@ def test_selective_recomputation_repeats_no_matrix_product() -> None:
 
 def mixed_precision_dtypes() -> dict[str, set[str]]:
     """The dtypes that FSDP and the model really use under bfloat16."""
-    config, world = ParallelConfig(), World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    config, world = ParallelConfig(), this_world()
     with torch.device("meta"):
         model = HybridLM(model_config())
     spread_model(model, build_mesh(config, world), config, compute_dtype=torch.bfloat16)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from headrace.data import Batch
@@ -17,11 +16,12 @@ from headrace.model.mixers.mamba2 import Mamba2Config, ScanInputs
 from headrace.parallel.config import Exchange, ParallelConfig
 from headrace.parallel.context import share_row
 from headrace.parallel.dry_run import fake_world
-from headrace.parallel.mesh import Mesh, World, build_mesh
+from headrace.parallel.mesh import Mesh, build_mesh
 from headrace.parallel.recompute import Recompute
 from headrace.parallel.state_passing import convolve, scan, selective_scan_over_segments
 from headrace.parallel.traffic import Sent, Traffic
 from spread import Case, Rows, build_engine
+from tiny import this_world
 
 # The Nano mixer: heads, their width, state, groups, taps.
 H, P, N, G, K = 64, 64, 128, 8, 4
@@ -29,10 +29,6 @@ CHANNELS = H * P + 2 * G * N
 STATE = H * P * N * 4
 M = H * 4
 HALO = (K - 1) * CHANNELS * 2
-
-
-def world_here() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def mixer(mesh: Mesh, config: ParallelConfig, tokens: int) -> list[Sent]:
@@ -56,7 +52,7 @@ def mixer(mesh: Mesh, config: ParallelConfig, tokens: int) -> list[Sent]:
 
 
 def mixer_in_gloo(config: ParallelConfig, tokens: int) -> list[Sent]:
-    return mixer(build_mesh(config, world_here()), config, tokens)
+    return mixer(build_mesh(config, this_world()), config, tokens)
 
 
 def mixer_in_fake_world(config: ParallelConfig, tokens: int) -> list[list[Sent]]:
@@ -164,8 +160,8 @@ def model_config(groups: int, pattern: str = "mamba2 attention mlp mamba2") -> M
 def step(config: ModelConfig, parallel: ParallelConfig, recompute: Recompute = "none") -> list[Sent]:
     """What a float64 step of a whole model sends."""
     case = Case(model=config, parallel=parallel, rows=Rows(ROWS, LENGTH), recompute=recompute)
-    mesh = build_mesh(parallel, world_here())
-    engine = build_engine(case, mesh, world_here())
+    mesh = build_mesh(parallel, this_world())
+    engine = build_engine(case, mesh, this_world())
     tokens, targets, reset = case.rows.tensors(VOCAB)
     share = slice(mesh.data_rank, None, mesh.data_ranks)
     with Traffic(mesh, engine.models) as traffic:
@@ -223,7 +219,7 @@ def test_tensor_parallel_mamba1_sums_its_small_projections_once_each_way(gloo: C
 
 def selective_scan_in_gloo(config: ParallelConfig, tokens: int) -> list[Sent]:
     """What the scan of one Mamba-1 layer of 6 channels and 5 states sends, forward and backward."""
-    mesh = build_mesh(config, world_here())
+    mesh = build_mesh(config, this_world())
     (own,), seq = share_row(config, mesh, [torch.zeros(1, tokens * config.cp)], None)
     x, dt, B, C = (torch.rand(1, own.shape[1], width, requires_grad=True) for width in (6, 6, 5, 5))
     with Traffic(mesh) as traffic:

@@ -14,16 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.alerts import KINDS, AlertConfig, Alerts, webhook_url
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.run_clock import STARTS, RunClock
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import this_world, tiny_config
 
 FACTS = {"run": "tiny", "id": "ab12", "start": 3}
 # Appends what it is given to the file that its first argument names.
@@ -209,7 +207,7 @@ def spoil_second(config: Config) -> str:
         norm = clip(self, max_norm)
         return norm * float("nan") if len(calls) == 2 else norm
 
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     with mock.patch.object(Engine, "clip_gradients", clip_gradients):
         try:
             return str(train(config, world).step)

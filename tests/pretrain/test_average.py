@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.average import WeightAverage
 from headrace.pretrain.checkpoint import load_full
-from headrace.pretrain.config import Config
 from headrace.pretrain.hf import export_hf
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.saved_run import load_run
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import tiny_config, train_tiny
 
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=99", "train.average_decay=0.7")
-
-
-def run_until(config: Config, step: int) -> None:
-    train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step)
 
 
 def test_skipped_updates_leave_it() -> None:
@@ -41,8 +33,8 @@ def test_is_the_recurrence_over_all_checkpoints(
     gloo: Callable, tmp_path: Path, data: Path, ranks: int, layout: tuple[str, ...]
 ) -> None:
     config = tiny_config(tmp_path, data, *EVERY_STEP, *layout)
-    gloo(ranks, run_until, config, 2)
-    gloo(ranks, run_until, config, 5)
+    gloo(ranks, train_tiny, config, 2)
+    gloo(ranks, train_tiny, config, 5)
     found = [load_full(checkpoints(config) / f"step-{step:08}") for step in range(1, 6)]
     for name in (name for name in found[0] if name.startswith("model.")):
         kept = name.replace("model.", "average.", 1)
@@ -56,6 +48,6 @@ def test_is_the_recurrence_over_all_checkpoints(
 
 def test_a_run_without_says_so(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
-    gloo(1, run_until, config, 2)
+    gloo(1, train_tiny, config, 2)
     with pytest.raises(UserError, match="keeps no averaged weights"):
         load_run(config.run.folder, average=True)

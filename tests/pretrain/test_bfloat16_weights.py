@@ -1,21 +1,17 @@
 """Weights kept in bfloat16: what stays float32, stochastic rounding, resuming, other layouts, and what is refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.saved_run import load_run
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import losses, tiny_config, train_or_refusal
 
 NARROW = (
     "train.weights=bfloat16",
@@ -29,28 +25,15 @@ NARROW = (
 )
 
 
-def run_until(config: Config, step: int) -> str:
-    try:
-        train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def losses(config: Config) -> list[float]:
-    records = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
-
-
 def last(config: Config) -> dict[str, torch.Tensor]:
     return load_full(latest_checkpoint(checkpoints(config)))
 
 
 def test_learns_resumes_and_reshards(gloo: Callable, tmp_path: Path, data: Path) -> None:
     whole, cut = (tiny_config(tmp_path, data, *NARROW, f"run.name={name}") for name in ("whole", "cut"))
-    assert gloo(1, run_until, whole, 40) == [""]
-    assert gloo(1, run_until, cut, 20) == [""]
-    assert gloo(1, run_until, cut, 40) == [""]
+    assert gloo(1, train_or_refusal, whole, 40) == [40]
+    assert gloo(1, train_or_refusal, cut, 20) == [20]
+    assert gloo(1, train_or_refusal, cut, 40) == [40]
     assert losses(whole) == losses(cut)
     tensors = last(whole)
     assert all(torch.equal(tensor, other) for tensor, other in zip(tensors.values(), last(cut).values(), strict=True))
@@ -66,10 +49,10 @@ def test_learns_resumes_and_reshards(gloo: Callable, tmp_path: Path, data: Path)
     assert "layers.0.mixer.in_x.weight" not in copies
 
     wide = tiny_config(tmp_path, data, "optimizer.kind=adamw", "train.steps=40", "run.name=wide")
-    assert gloo(1, run_until, wide, 40) == [""]
+    assert gloo(1, train_or_refusal, wide, 40) == [40]
     assert sum(losses(whole)[-5:]) == pytest.approx(sum(losses(wide)[-5:]), rel=0.02)
     spread = tiny_config(tmp_path, data, *NARROW, "parallel.tp=2", "run.name=spread")
-    assert gloo(4, run_until, spread, 40, timeout_s=120) == [""] * 4
+    assert gloo(4, train_or_refusal, spread, 40, timeout_s=120) == [40] * 4
     assert sum(losses(spread)[-5:]) == pytest.approx(sum(losses(whole)[-5:]), rel=0.02)
     model, _, _ = load_run(whole.run.folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -81,7 +64,7 @@ def test_without_chance_small_updates_are_lost(gloo: Callable, tmp_path: Path, d
     for chance in ("true", "false"):
         names = (f"optimizer.stochastic_rounding={chance}", f"run.name=chance-{chance}", "optimizer.lr=1e-5")
         config = tiny_config(tmp_path, data, *NARROW, *names, "optimizer.weight_decay=0")
-        assert gloo(1, run_until, config, 10) == [""]
+        assert gloo(1, train_or_refusal, config, 10) == [10]
         at = [load_full(checkpoints(config) / f"step-{step:08}") for step in (2, 10)]
         name = "model.layers.1.mixer.up_proj.weight"
         moved[chance] = float((at[0][name] != at[1][name]).float().mean())
@@ -103,5 +86,5 @@ def test_what_does_not_go_together(tmp_path: Path, data: Path, overrides: tuple[
 
 def test_on_cpus_precision_must_be_said(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "train.weights=bfloat16", "optimizer.kind=adamw")
-    (refused,) = gloo(1, run_until, config, 2)
+    (refused,) = gloo(1, train_or_refusal, config, 2)
     assert "on cpu precision is float32; set train.precision=bfloat16" in refused

@@ -9,16 +9,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.control import Control
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import losses, records, this_world, tiny_config
 
 
 def run(config: Config, kicked: int | None = None, number: int = signal.SIGUSR1) -> int:
@@ -31,20 +29,11 @@ def run(config: Config, kicked: int | None = None, number: int = signal.SIGUSR1)
             os.kill(os.getpid(), number)
         return self
 
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     with mock.patch.object(Control, "__enter__", enter_and_kick):
         step = train(config, world).step
     assert signal.getsignal(number) is signal.SIG_DFL
     return step
-
-
-def records(config: Config, kind: str) -> list[dict]:
-    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def losses(config: Config) -> list[float]:
-    return [record["loss"] for record in records(config, "train")]
 
 
 def ask(config: Config, *names: str) -> None:

@@ -13,12 +13,7 @@ from headrace.model.lm import HybridLM
 from headrace.model.sequence import LayerStates, SequenceContext
 from headrace.pretrain.config import Config, EvalConfig
 from headrace.pretrain.evaluate import Evaluation, WholeModel, choose_documents, evaluate, num_windows, share_documents
-from tiny import prepare_tiny, tiny_config
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+from tiny import tiny_config
 
 
 def build(config: Config) -> HybridLM:

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import losses, this_world, tiny_config
 
 
 def run(config: Config) -> tuple[int, list[str]]:
@@ -26,7 +25,7 @@ def run(config: Config) -> tuple[int, list[str]]:
     logger = logging.getLogger("headrace.pretrain.resume")
     logger.addHandler(handler)
     try:
-        return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step, said
+        return train(config, this_world()).step, said
     except UserError as error:
         return -1, [str(error) if error.everywhere else "every rank would print its own"]
     finally:
@@ -88,11 +87,6 @@ def whole(gloo: Callable, tmp_path_factory: pytest.TempPathFactory, data: Path) 
 def copy_of(whole: Config, folder: Path, data: Path) -> Config:
     shutil.copytree(whole.run.folder, folder / "tiny")
     return tiny_config(folder, data)
-
-
-def losses(config: Config) -> list[float]:
-    lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def assert_same_run(config: Config, whole: Config) -> None:

@@ -4,28 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
-from headrace.pretrain.config import Config
 from headrace.pretrain.run import checkpoints
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import tiny_config, train_or_refusal
 
 EIGHT = ("optimizer.kind=adamw", "optimizer.state_bits=8", "optimizer.block_size=16", "optimizer.min_8bit_size=0")
 FRESH = "checkpoint.fresh_optimizer=true"
-
-
-def run_until(config: Config, step: int) -> str:
-    """Empty, or what the run was refused with."""
-    try:
-        train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize(
@@ -40,16 +25,16 @@ def test_another_optimizer(
     gloo: Callable, tmp_path: Path, data: Path, before: tuple[str, ...], after: tuple[str, ...], change: str
 ) -> None:
     config = tiny_config(tmp_path, data, *before)
-    assert gloo(1, run_until, config, 2) == [""]
+    assert gloo(1, train_or_refusal, config, 2) == [2]
     saved = latest_checkpoint(checkpoints(config))
-    (refused,) = gloo(1, run_until, tiny_config(tmp_path, data, *after), 4)
+    (refused,) = gloo(1, train_or_refusal, tiny_config(tmp_path, data, *after), 4)
     assert change in refused
     assert FRESH in refused
     assert latest_checkpoint(checkpoints(config)) == saved
-    assert gloo(1, run_until, tiny_config(tmp_path, data, *after, FRESH), 4) == [""]
+    assert gloo(1, train_or_refusal, tiny_config(tmp_path, data, *after, FRESH), 4) == [4]
     # From here on the new optimizer's state is there, and the flag changes nothing.
     before_last = load_full(latest_checkpoint(checkpoints(config)))
-    assert gloo(1, run_until, tiny_config(tmp_path, data, *after, FRESH), 6) == [""]
+    assert gloo(1, train_or_refusal, tiny_config(tmp_path, data, *after, FRESH), 6) == [6]
     last = load_full(latest_checkpoint(checkpoints(config)))
     steps = {name for name in last if name.startswith("optim.step.")}
     assert {float(before_last[name]) for name in steps} == {2.0}
@@ -59,11 +44,11 @@ def test_another_optimizer(
 def test_a_checkpoint_from_elsewhere(gloo: Callable, tmp_path: Path, data: Path) -> None:
     """The configuration beside it does not tell: the checkpoint does."""
     config = tiny_config(tmp_path, data, *EIGHT)
-    assert gloo(1, run_until, config, 2) == [""]
+    assert gloo(1, train_or_refusal, config, 2) == [2]
     other = tiny_config(tmp_path, data, *EIGHT, "optimizer.block_size=32", "run.name=other")
     checkpoints(other).mkdir(parents=True)
     path = latest_checkpoint(checkpoints(config))
     (checkpoints(other) / path.name).symlink_to(path)
-    (refused,) = gloo(1, run_until, other, 4)
+    (refused,) = gloo(1, train_or_refusal, other, 4)
     assert "holds the state of another optimizer (block_size: 16 -> 32)" in refused
     assert FRESH in refused

@@ -1,26 +1,22 @@
 """Runs whose disk is full, or read-only: they wait for room, or end in one line with their checkpoints whole."""
 
-import json
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain import saver
 from headrace.pretrain.checkpoint import list_checkpoints, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import records, this_world, tiny_config
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 
@@ -65,17 +61,12 @@ def run(config: Config, remedy: Callable[[Path], None] | None, disk: Path) -> in
             remedy(disk)
         time.sleep(min(seconds, 0.2))
 
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     with mock.patch.object(saver, "time", SimpleNamespace(sleep=wait, perf_counter=time.perf_counter)):
         try:
             return train(config, world).step
         except UserError as error:
             return str(error) if error.everywhere else "every rank would print its own"
-
-
-def records(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.mark.fault(

@@ -11,19 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.launch.status import format_status, read_status
-from headrace.parallel.mesh import World, process_began_s
-from headrace.pretrain.config import Config
+from headrace.parallel.mesh import process_began_s
 from headrace.pretrain.goodput import PARTS, Goodput, measure_goodput, read_starts, starts_in_vain
 from headrace.pretrain.report import read_curves, with_starts, write_report
 from headrace.pretrain.run_clock import STARTS, RunClock
-from headrace.pretrain.trainer import train
-from tiny import CONFIG, tiny_config
+from tiny import CONFIG, tiny_config, train_tiny
 
 NOTHING = {"startup": 0.0, "train": 0.0, "eval": 0.0, "save": 0.0, "close": 0.0}
 
@@ -165,19 +161,15 @@ def test_the_parts_always_sum_to_the_whole(plan: list) -> None:
     assert min(parts(found).values()) >= -1e-6
 
 
-def run_until(config: Config, step: int | None) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step).step
-
-
 def test_a_run_that_was_stopped_and_went_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
     """Real starts on two ranks, after the second of which the newest checkpoint is taken away."""
     began = time.time()
     config = tiny_config(tmp_path, data, "eval.every_steps=3", "eval.window=32", "eval.max_tokens=100")
-    gloo(2, run_until, config, 3)
-    gloo(2, run_until, config, 5)
+    gloo(2, train_tiny, config, 3)
+    gloo(2, train_tiny, config, 5)
     for name in ("step-00000005",):
         (config.run.folder / "checkpoints" / name).rename(tmp_path / name)
-    gloo(2, run_until, config, None)
+    gloo(2, train_tiny, config, None)
     whole = time.time() - began
     starts = read_starts(config.run.folder / STARTS)
     assert [start.number for start in starts] == [1, 2, 3]
@@ -282,8 +274,8 @@ def test_a_full_disk_costs_the_record_alone(tmp_path: Path, capsys: pytest.Captu
 def test_wandb_knows_the_run_by_its_id(gloo: Callable, tmp_path: Path, data: Path) -> None:
     pytest.importorskip("wandb")
     config = tiny_config(tmp_path, data, "log.wandb=offline", "train.steps=2")
-    gloo(1, run_until, config, 1)
-    gloo(1, run_until, config, None)
+    gloo(1, train_tiny, config, 1)
+    gloo(1, train_tiny, config, None)
     run_id = (config.run.folder / "run_id").read_text().strip()
     folders = sorted((config.run.folder / "wandb").glob("offline-run-*"))
     assert folders

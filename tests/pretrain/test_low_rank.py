@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,7 +20,7 @@ from headrace.model.ffns.moe import MoEConfig
 from headrace.model.mixers.attention import AttentionConfig
 from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.parallel.config import ParallelConfig
-from headrace.parallel.mesh import World, build_mesh
+from headrace.parallel.mesh import build_mesh
 from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from headrace.pretrain.optimizers import AdamW, LowRank, LowRankConfig, OptimizerConfig, build_optimizers
 from headrace.pretrain.optimizers.low_rank.bases import leading_directions, sketch_size
@@ -29,6 +28,7 @@ from headrace.pretrain.optimizers.low_rank.config import MethodName
 from headrace.pretrain.optimizers.low_rank.layout import MatrixLayout
 from low_rank_cases import CASES, CODED, CODED_NAMES, GO, LR_SCALES, NAMES, SKIP, STEPS, build, draw, take_steps
 from spread import Case, Rows, build_engine
+from tiny import this_world
 
 
 def reference_run(config: LowRankConfig) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ MODEL = ModelConfig(
 
 def model_run(parallel: ParallelConfig, method: MethodName) -> dict[str, Tensor]:
     """A model's parameters after three real updates, two bases."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    world = this_world()
     case = Case(model=MODEL, parallel=parallel, rows=Rows(4, 12))
     mesh = build_mesh(parallel, world)
     engine = build_engine(case, mesh, world)

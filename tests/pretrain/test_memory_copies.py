@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,7 +25,7 @@ from headrace.pretrain.engine import Engine
 from headrace.pretrain.memory import copies, copy_file, exchange
 from headrace.pretrain.memory.folder import open_run
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import records, tiny_config
 
 BAD = (12, 20)
 
@@ -102,11 +101,6 @@ def configured(folder: Path, data: Path, *overrides: str) -> Config:
     names = ("train.steps=8", "train.batch_rows=6", "checkpoint.every_steps=4", "checkpoint.memory_every_steps=1")
     where = f"checkpoint.memory_folder={folder / 'memory'}"
     return tiny_config(folder, data, *names, where, "checkpoint.asynchronous=false", *overrides)
-
-
-def records(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 def resumed(config: Config) -> list[tuple[int, list[int]]]:

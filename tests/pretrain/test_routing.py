@@ -17,14 +17,13 @@ from headrace.model.ffns.moe import MoEConfig
 from headrace.model.ffns.routing import TOLD, move_bias
 from headrace.model.lm import HybridLM
 from headrace.model.sequence import SequenceContext, TrainingPass
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.metrics import _scalars
 from headrace.pretrain.routing import RoutingReport, RoutingTally
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import this_world, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -187,11 +186,6 @@ def test_wandb_is_sent_one_number_a_layer() -> None:
 MOE = ("model.pattern=mamba2 moe", "model.moe.num_experts=4", "model.moe.d_hidden=16", "model.moe.balance=bias")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
-
-
 def run_poisoned(config: Config, name: str, bad_step: int) -> str | int:
     """Train; before one step a gradient (of a name that ends in `grad`) or a weight becomes NaN."""
     original, calls = Engine.forward_backward, 0
@@ -210,7 +204,7 @@ def run_poisoned(config: Config, name: str, bad_step: int) -> str | int:
 
     Engine.forward_backward = poisoned  # type: ignore[method-assign]
     try:
-        return train(config, World(dist.get_rank(), dist.get_world_size(), CPU)).step
+        return train(config, this_world()).step
     except UserError as error:
         return str(error) if error.everywhere else "every rank would print its own"
     finally:

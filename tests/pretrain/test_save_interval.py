@@ -6,16 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain import save_interval
 from headrace.pretrain.config import Config
 from headrace.pretrain.save_interval import FIRST_S, SaveInterval
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config
+from tiny import prepare_tiny, this_world, tiny_config
 
 
 class Clock:
@@ -62,7 +59,7 @@ def test_one_slow_save_does_not_move_the_interval() -> None:
 def run(config: Config) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_interval, "FIRST_S", 0.0)
-        return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
+        return train(config, this_world()).step
 
 
 def saves(config: Config) -> list[int]:

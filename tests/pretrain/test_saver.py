@@ -1,7 +1,6 @@
 """Saves of a run: beside training with the same bytes, tried again where a disk fails, and one at a time."""
 
 import errno
-import json
 import signal
 import subprocess
 import sys
@@ -17,30 +16,13 @@ import torch
 import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain import saver
 from headrace.pretrain.checkpoint import HostCopy, list_checkpoints, load_full, storage
 from headrace.pretrain.checkpoint import host_copy as host_copy_module
 from headrace.pretrain.config import Config
 from headrace.pretrain.resume import Progress
 from headrace.pretrain.saver import Job, Saver
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
-
-
-def run(config: Config) -> int | str:
-    """The step a run ends at, or the error that it ends with on this rank."""
-    try:
-        return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
-    except UserError as error:
-        return str(error) if error.everywhere else "every rank would print its own"
-    except RuntimeError as error:
-        return f"RuntimeError: {error}"
-
-
-def records(config: Config, *kinds: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] in kinds]
+from tiny import records, tiny_config, train_or_refusal, train_tiny
 
 
 def saved_steps(config: Config) -> list[int]:
@@ -69,7 +51,7 @@ def run_held_back(config: Config) -> int | str:
         write(self, job, copy)
 
     with mock.patch.object(Saver, "save", release_and_save), mock.patch.object(Saver, "_write", hold):
-        result = run(config)
+        result = train_or_refusal(config)
     assert waited == 2
     return result
 
@@ -87,7 +69,7 @@ def test_the_same_bytes_as_a_blocking_save(
 ) -> None:
     """Also when nothing is written before later steps have changed every tensor."""
     found = {}
-    for name, function, asynchronous in (("blocking", run, "false"), ("late", run_held_back, "true")):
+    for name, function, asynchronous in (("blocking", train_or_refusal, "false"), ("late", run_held_back, "true")):
         changes = (f"run.name={name}", f"checkpoint.asynchronous={asynchronous}", *overrides)
         config = tiny_config(tmp_path, data, *changes)
         assert gloo(ranks, function, config) == [6] * ranks
@@ -120,7 +102,7 @@ def failing_disk(rank: int, *fails: bool) -> Iterator[None]:
 
 def run_failing(config: Config, rank: int, *fails: bool) -> int | str:
     with failing_disk(rank, *fails):
-        return run(config)
+        return train_or_refusal(config)
 
 
 @pytest.mark.fault("a disk that fails twice in a save", "tried again; saved at the third try")
@@ -161,7 +143,7 @@ def test_too_many_failures_end_the_run(gloo: Callable, tmp_path: Path, data: Pat
     assert f"the last checkpoint is {config.run.folder}/checkpoints/step-00000001 (2 saves in a row" in messages[0]
     assert saved_steps(config) == [1]
     assert load_full(config.run.folder / "checkpoints" / "step-00000001")
-    assert gloo(2, run, config) == [6, 6]
+    assert gloo(2, train_or_refusal, config) == [6, 6]
 
 
 def test_the_last_save_must_not_fail(gloo: Callable, tmp_path: Path, data: Path) -> None:
@@ -212,17 +194,17 @@ def test_all_ranks_know_of_a_failure_in_the_step_after(
     assert gloo(ranks, run_and_watch, tiny_config(tmp_path, data, *names)) == [[steps]] * ranks
 
 
-def run_with_a_defect(config: Config) -> int | str:
-    def defect(*args: Any) -> None:
-        raise RuntimeError("a defect")
-
-    with mock.patch.object(storage, "write_pieces", defect):
-        return run(config)
+def run_with_a_defect(config: Config) -> str:
+    """What a run ends with on this rank when the code that saves is wrong."""
+    wrong = mock.Mock(side_effect=RuntimeError("a defect"))
+    with mock.patch.object(storage, "write_pieces", wrong), pytest.raises(RuntimeError) as met:
+        train_tiny(config)
+    return str(met.value)
 
 
 def test_a_defect_beside_training_is_not_swallowed(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
-    assert gloo(2, run_with_a_defect, config) == ["RuntimeError: a defect"] * 2
+    assert gloo(2, run_with_a_defect, config) == ["a defect"] * 2
     assert saved_steps(config) == []
 
 
@@ -238,7 +220,7 @@ def run_stopped_by_an_error(config: Config) -> int | str:
             raise UserError("enough", everywhere=True)
 
     with mock.patch.object(trainer, "check_finite", stop):
-        return run(config)
+        return train_or_refusal(config)
 
 
 def test_an_error_of_all_lets_a_save_under_way_end(gloo: Callable, tmp_path: Path, data: Path) -> None:
@@ -283,9 +265,9 @@ def test_kill_9_beside_training(gloo: Callable, tmp_path: Path, data: Path) -> N
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = config.run.folder / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [".tmp-step-00000004", "step-00000002"]
-    assert gloo(1, run, config) == [8]
+    assert gloo(1, train_or_refusal, config) == [8]
     whole = tiny_config(tmp_path, data, "train.steps=8", "run.name=whole")
-    assert gloo(1, run, whole) == [8]
+    assert gloo(1, train_or_refusal, whole) == [8]
     name = "step-00000008/rank-00000.safetensors"
     assert content(config)[name] == content(whole)[name]
     assert not list(checkpoints.glob(".tmp*"))
@@ -293,7 +275,7 @@ def test_kill_9_beside_training(gloo: Callable, tmp_path: Path, data: Path) -> N
 
 def run_with_little_memory(config: Config, file: Path) -> int | str:
     with mock.patch.object(host_copy_module, "MEMORY", str(file)):
-        return run(config)
+        return train_or_refusal(config)
 
 
 def test_without_memory_for_the_copy(gloo: Callable, tmp_path: Path, data: Path) -> None:

@@ -7,23 +7,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from headrace.data import Batch, SkippedRows, TokenRows
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full, read_extra
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.spikes import SpikeGuard, SpikesConfig
 from headrace.pretrain.trainer import train
-from tiny import tiny_config
+from tiny import records, this_world, tiny_config
 
 # Three batches of four rows are trained on before the first spike, in the fourth step.
 ON = ("spikes.deviations=20", "spikes.window=3", "spikes.patience=2", "train.steps=8")
@@ -54,7 +51,7 @@ def run(config: Config, bad: tuple[int, int], factor: float, dies_at: int | None
 
     with mock.patch.object(Engine, "forward_backward", worse):
         try:
-            return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
+            return train(config, this_world()).step
         except KilledError:
             return -1
 
@@ -71,11 +68,6 @@ def run_without_rows(config: Config, first: int, end: int) -> int:
     row = TokenRows.row
     with mock.patch.object(TokenRows, "row", lambda self, k: row(self, k if k < first else k + end - first)):
         return run(config, (0, 0), 1.0)
-
-
-def records(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:

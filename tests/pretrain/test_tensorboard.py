@@ -5,27 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
-from headrace.pretrain.config import Config
 from headrace.pretrain.tensorboard import TensorBoard
-from headrace.pretrain.trainer import train
-from tiny import tiny_config
-
-
-def run_until(config: Config, step: int | None) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step).step
+from tiny import tiny_config, train_tiny
 
 
 def test_every_step_is_there_once(gloo: Callable, tmp_path: Path, data: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny_config(tmp_path, data, "log.tensorboard=true", "checkpoint.every_steps=2")
-    gloo(1, run_until, config, 5)
+    gloo(1, train_tiny, config, 5)
     (config.run.folder / "checkpoints" / "step-00000005").rename(tmp_path / "taken")
-    gloo(1, run_until, config, None)
+    gloo(1, train_tiny, config, None)
     events = accumulator.EventAccumulator(str(config.run.folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]

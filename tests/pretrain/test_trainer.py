@@ -14,36 +14,15 @@ import torch.distributed as dist
 
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
 from headrace.errors import UserError
-from headrace.parallel.mesh import World
-from headrace.pretrain import source
 from headrace.pretrain.build import check_compiler
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.metrics import Metrics
-from headrace.pretrain.run_folder import open_run_folder
-from headrace.pretrain.source import source_hashes
 from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, tiny_config, write_corpus
+from tiny import this_world, tiny_config, train_or_refusal, train_tiny, write_corpus
 
 MEASURED = {"seconds", "tokens_per_s"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
-
-
-def run_to_end(config: Config) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))).step
-
-
-def run_expecting_refusal(config: Config) -> str:
-    try:
-        run_to_end(config)
-    except UserError as error:
-        return str(error) if error.everywhere else "every rank would print its own"
-    return "no error"
 
 
 def records(config: Config, kind: str = "train") -> list[dict[str, Any]]:
@@ -85,7 +64,7 @@ def test_kernels_train_as_pytorch_does(
     for kernels in ["torch", *others]:
         choice = (layout, f"train.kernels={kernels}", f"run.name={kernels}", "train.steps=2", "train.batch_rows=2")
         config = tiny_config(tmp_path, data, *choice)
-        assert gloo(ranks, run_to_end, config, timeout_s=200) == [2] * ranks
+        assert gloo(ranks, train_tiny, config, timeout_s=200) == [2] * ranks
         curves[kernels] = losses(config) + norms(config)
         assert [start["kernels"] for start in records(config, "start")] == [kernels]
     for kernels in others:
@@ -94,7 +73,7 @@ def test_kernels_train_as_pytorch_does(
 
 def test_kernels_that_cannot_run_are_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "train.kernels=triton", "train.precision=bfloat16")
-    (message,) = gloo(1, run_expecting_refusal, config)
+    (message,) = gloo(1, train_or_refusal, config)
     assert message.startswith("train.kernels=triton: Triton cannot run: ")
     assert not (config.run.folder / "checkpoints").exists()
 
@@ -102,12 +81,12 @@ def test_kernels_that_cannot_run_are_refused(gloo: Callable, tmp_path: Path, dat
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -> None:
     config = tiny_config(tmp_path, data, "eval.every_steps=3")
-    assert gloo(ranks, run_to_end, config) == [6] * ranks
+    assert gloo(ranks, train_tiny, config) == [6] * ranks
     whole, whole_weights = records(config), weights(config)
     evaluations = records(config, "eval")
     assert [e["step"] for e in evaluations] == [3, 6]
     rewind(config, 2)
-    gloo(ranks, run_to_end, config)
+    gloo(ranks, train_tiny, config)
     assert records(config) == whole
     assert records(config, "eval") == evaluations
     again = weights(config)
@@ -115,20 +94,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(gloo: Callable, tmp_path: Path, 
     assert all(torch.equal(again[name], tensor) for name, tensor in whole_weights.items())
 
 
-def run_until(config: Config, step: int) -> int:
-    return train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), step).step
-
-
 def test_a_stopped_run_goes_on_as_if_it_had_not(gloo: Callable, tmp_path: Path, data: Path) -> None:
     """It stops where neither a save nor a line is due."""
     periods = ("checkpoint.every_steps=4", "log.every_steps=2", "eval.every_steps=2")
     whole = tiny_config(tmp_path, data, "run.name=whole", *periods)
-    gloo(2, run_to_end, whole)
+    gloo(2, train_tiny, whole)
     config = tiny_config(tmp_path, data, *periods)
-    assert gloo(2, run_until, config, 3) == [3, 3]
+    assert gloo(2, train_tiny, config, 3) == [3, 3]
     assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000003"
-    assert gloo(2, run_until, config, 2) == [3, 3]
-    assert gloo(2, run_to_end, config) == [6, 6]
+    assert gloo(2, train_tiny, config, 2) == [3, 3]
+    assert gloo(2, train_tiny, config) == [6, 6]
     assert records(config) == records(whole)
     assert records(config, "eval") == records(whole, "eval")
     again, expected = weights(config), weights(whole)
@@ -137,11 +112,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(gloo: Callable, tmp_path: Path, 
 
 def test_another_number_of_ranks_goes_on_with_the_same_data(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     expected = losses(config)
     for ranks in (2, 4):
         rewind(config, 2)
-        gloo(ranks, run_to_end, config)
+        gloo(ranks, train_tiny, config)
         assert losses(config)[:2] == expected[:2]
         assert losses(config)[2:] == pytest.approx(expected[2:], rel=1e-5)
         assert [r["tokens"] for r in records(config)] == sorted({r["tokens"] for r in records(config)})
@@ -162,9 +137,9 @@ def test_how_a_step_is_computed_does_not_change_it(
     gloo: Callable, tmp_path: Path, data: Path, overrides: tuple[str, ...]
 ) -> None:
     expected = tiny_config(tmp_path, data, "run.name=expected", "train.steps=3")
-    gloo(1, run_to_end, expected)
+    gloo(1, train_tiny, expected)
     config = tiny_config(tmp_path, data, "train.steps=3", *overrides)
-    gloo(2, run_to_end, config)
+    gloo(2, train_tiny, config)
     assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
     assert norms(config) == pytest.approx(norms(expected), rel=1e-4)
 
@@ -172,15 +147,15 @@ def test_how_a_step_is_computed_does_not_change_it(
 def test_bfloat16_is_close_to_float32(gloo: Callable, tmp_path: Path, data: Path) -> None:
     expected = tiny_config(tmp_path, data, "run.name=expected", "train.precision=float32")
     config = tiny_config(tmp_path, data, "train.precision=bfloat16")
-    gloo(1, run_to_end, expected)
-    gloo(2, run_to_end, config)
+    gloo(1, train_tiny, expected)
+    gloo(2, train_tiny, config)
     assert losses(config) != losses(expected)
     assert losses(config) == pytest.approx(losses(expected), rel=2e-2)
 
 
 def test_training_learns(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "train.steps=40", "checkpoint.every_steps=0", "optimizer.lr=0.01")
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     assert losses(config)[-1] < losses(config)[0] - 1.5
 
 
@@ -200,7 +175,7 @@ def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
 
     Engine.forward_backward = poisoned
     try:
-        progress = train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+        progress = train(config, this_world())
     except UserError as error:
         return str(error)
     finally:
@@ -224,13 +199,13 @@ def test_skipped_updates_between_lines_are_counted_over_a_restart(gloo: Callable
     whole = records(config)
     assert [(r["step"], r["skipped"]) for r in whole] == [(4, 1), (6, 1)]
     rewind(config, 2)
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     assert records(config) == whole
 
 
 def test_speed_is_that_of_all_updates_since_the_line_before(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "log.every_steps=4")
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
     tokens = 0
     for line in (line for line in lines if line["kind"] == "train"):
@@ -246,80 +221,27 @@ def test_a_run_that_stays_non_finite_stops(gloo: Callable, tmp_path: Path, data:
     assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000002"
 
 
-@pytest.mark.fault("two jobs in one run folder", "the second is refused")
-def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    config = tiny_config(tmp_path, data)
-    holder = open_run_folder(config)
-    for message in gloo(2, run_expecting_refusal, config):
-        assert "is in use by process" in message
-    holder.close()
-    assert gloo(1, run_to_end, config) == [6]
-
-
-@pytest.mark.fault("another configuration at resume", "refused; the differences named")
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("model.d_model=32", "model.d_model: 16 -> 32"),
-        ("optimizer.lr=0.1", "optimizer.lr: 0.001 -> 0.1"),
-        ("data.seq_len=16", "data.seq_len: 32 -> 16"),
-        ("train.batch_rows=8", "train.batch_rows: 4 -> 8"),
-        ("schedule.warmup_steps=1", "schedule.warmup_steps: 2 -> 1"),
-        ("run.seed=2", "run.seed: 1 -> 2"),
-    ],
-)
-def test_a_changed_run_is_not_resumed(gloo: Callable, tmp_path: Path, data: Path, override: str, part: str) -> None:
-    gloo(1, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
-    (message,) = gloo(1, run_expecting_refusal, tiny_config(tmp_path, data, override))
-    assert part in message
-    assert "choose another run.name" in message
-
-
-def run_by_other_code(config: Config, changed: dict[str, str | None]) -> str:
-    """What a start is told whose code has other hashes in these files."""
-    hashes = {**source_hashes(), **changed}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "source_hashes", lambda: {name: text for name, text in hashes.items() if text})
-        return run_expecting_refusal(config)
-
-
-@pytest.mark.fault("other code at resume", "refused; the files named; goes on where that is wanted")
-def test_other_code_does_not_go_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    gloo(2, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
-    changed = {"model/lm.py": "0", "errors.py": None, "model/new.py": "1"}
-    for message in gloo(2, run_by_other_code, tiny_config(tmp_path, data), changed):
-        assert "(errors.py gone; model/lm.py changed; model/new.py new)" in message
-        assert "checkpoint.other_code=true" in message
-    many = {f"model/{number}.py": "1" for number in range(9)}
-    assert "and 4 more files" in gloo(1, run_by_other_code, tiny_config(tmp_path, data), many)[0]
-    finished = tiny_config(tmp_path, data, "train.steps=2")
-    assert gloo(1, run_by_other_code, finished, changed) == ["no error"]
-    anyway = tiny_config(tmp_path, data, "checkpoint.other_code=true", "train.steps=4")
-    assert gloo(1, run_by_other_code, anyway, changed) == ["no error"]
-    assert "errors.py new" in gloo(1, run_expecting_refusal, tiny_config(tmp_path, data))[0]
-
-
 def test_a_longer_run_goes_on(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    gloo(1, run_to_end, tiny_config(tmp_path, data, "train.steps=2"))
+    gloo(1, train_tiny, tiny_config(tmp_path, data, "train.steps=2"))
     config = tiny_config(tmp_path, data, "train.steps=5")
-    assert gloo(1, run_to_end, config) == [5]
+    assert gloo(1, train_tiny, config) == [5]
     assert [r["step"] for r in records(config)] == [1, 2, 3, 4, 5]
 
 
 def test_a_finished_run_is_left_alone(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data)
-    gloo(1, run_to_end, config)
+    gloo(1, train_tiny, config)
     before = (config.run.folder / "metrics.jsonl").read_bytes()
-    assert gloo(1, run_to_end, config) == [6]
+    assert gloo(1, train_tiny, config) == [6]
     assert (config.run.folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_data_and_runs_may_be_moved(gloo: Callable, tmp_path: Path, data: Path) -> None:
     first = tiny_config(tmp_path, data, "train.steps=2")
-    gloo(1, run_to_end, first)
+    gloo(1, train_tiny, first)
     first.run.folder.rename(tmp_path / "moved")
     config = tiny_config(tmp_path, shutil.copytree(data, tmp_path / "data"), "run.name=moved")
-    assert gloo(1, run_to_end, config) == [6]
+    assert gloo(1, train_tiny, config) == [6]
     assert [r["step"] for r in records(config)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -329,8 +251,8 @@ def test_checkpoints_may_lie_on_another_file_system(gloo: Callable, tmp_path: Pa
     config.run.folder.mkdir(parents=True)
     with TemporaryDirectory(dir="/dev/shm") as elsewhere:
         (config.run.folder / "checkpoints").symlink_to(elsewhere)
-        gloo(2, run_to_end, tiny_config(tmp_path, data, "checkpoint.keep_last=1", "train.steps=4"))
-        assert gloo(2, run_to_end, config) == [6, 6]
+        gloo(2, train_tiny, tiny_config(tmp_path, data, "checkpoint.keep_last=1", "train.steps=4"))
+        assert gloo(2, train_tiny, config) == [6, 6]
         assert [path.name for path in Path(elsewhere).iterdir()] == ["step-00000006"]
     assert [record["step"] for record in records(config)] == [1, 2, 3, 4, 5, 6]
 
@@ -338,8 +260,8 @@ def test_checkpoints_may_lie_on_another_file_system(gloo: Callable, tmp_path: Pa
 def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: Path) -> None:
     corpus, tokenizer = write_corpus(tmp_path / "corpus", 10), TokenizerConfig(vocab_size=320)
     prepare(PrepareConfig(corpus=str(corpus), out=str(tmp_path / "data"), heldout_fraction=0.0, tokenizer=tokenizer))
-    assert gloo(1, run_to_end, tiny_config(tmp_path, tmp_path / "data")) == [6]
-    message = gloo(1, run_expecting_refusal, tiny_config(tmp_path, tmp_path / "data", "eval.every_steps=2"))[0]
+    assert gloo(1, train_tiny, tiny_config(tmp_path, tmp_path / "data")) == [6]
+    message = gloo(1, train_or_refusal, tiny_config(tmp_path, tmp_path / "data", "eval.every_steps=2"))[0]
     assert "has no heldout documents" in message
 
 
@@ -351,7 +273,7 @@ def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, 
     in_the_way = config.run.folder / name
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch() if "/" in name else in_the_way.mkdir()
-    for message in gloo(2, run_expecting_refusal, config):
+    for message in gloo(2, train_or_refusal, config):
         assert str(config.run.folder) in message
 
 
@@ -367,8 +289,8 @@ def test_compiled_blocks_compute_the_same(gloo: Callable, tmp_path: Path, data: 
     changes = ("train.steps=2", "eval.every_steps=1", "eval.window=24", "train.recompute=selective")
     expected = tiny_config(tmp_path, data, "run.name=expected", *changes)
     config = tiny_config(tmp_path, data, "train.compile=true", *changes)
-    gloo(1, run_to_end, expected)
-    gloo(1, run_to_end, config, timeout_s=200)
+    gloo(1, train_tiny, expected)
+    gloo(1, train_tiny, config, timeout_s=200)
     assert losses(config) == pytest.approx(losses(expected), rel=1e-5)
     scores = [[r["loss"] for r in records(c, "eval")] for c in (config, expected)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
@@ -380,29 +302,15 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
         check_compiler()
 
 
-@pytest.mark.fault("other data at resume", "refused; what differs named")
-def test_other_data_under_the_same_path_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    config = tiny_config(tmp_path, data)
-    gloo(1, run_to_end, config)
-    moved = tmp_path / "data"
-    tokenizer = TokenizerConfig(path=str(data / "tokenizer.model"))
-    prepare(
-        PrepareConfig(corpus=str(data.parent / "corpus"), out=str(moved), heldout_fraction=0.3, tokenizer=tokenizer)
-    )
-    changed = tiny_config(tmp_path, moved)
-    (message,) = gloo(1, run_expecting_refusal, changed)
-    assert "was trained on another data order (fingerprint:" in message
-
-
 def test_a_vocabulary_too_small_for_the_data_is_refused(gloo: Callable, tmp_path: Path, data: Path) -> None:
-    for message in gloo(2, run_expecting_refusal, tiny_config(tmp_path, data, "model.vocab_size=300")):
+    for message in gloo(2, train_or_refusal, tiny_config(tmp_path, data, "model.vocab_size=300")):
         assert "model.vocab_size=300 is below the 320 pieces" in message
     assert not (tmp_path / "tiny").exists()
 
 
 def test_the_record_of_a_run(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "run.seed=5")
-    gloo(2, run_to_end, config)
+    gloo(2, train_tiny, config)
     record = json.loads((config.run.folder / "manifest.json").read_text())
     assert record["seed"] == 5
     assert record["layout"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
