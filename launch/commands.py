@@ -1,6 +1,7 @@
 """What each command does; the heavy imports happen inside, so that `headrace --help` is instant."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def train(options: argparse.Namespace) -> int:
     from .local import end_with_launcher
 
     end_with_launcher()
+    faulthandler.enable()  # a crash in compiled code says where Python was, in every thread
     config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
     timeout_s = config.parallel.timeout_s
     world = start_world(timeout_s)

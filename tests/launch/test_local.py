@@ -1,6 +1,7 @@
 """A run over several processes ends as one: no process stays behind, and one line says why."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def start_training(folder: Path, data: Path) -> subprocess.Popen[str]:
         ("group", signal.SIGINT, 130, "headrace: interrupted"),
         ("launcher", signal.SIGTERM, 143, "headrace: ended by SIGTERM"),
         ("rank", signal.SIGKILL, 1, "headrace: error: rank 1 was ended by SIGKILL; the system does that"),
+        ("rank", signal.SIGSEGV, 1, "headrace: error: rank 1 was ended by SIGSEGV; last finished step"),
     ],
 )
 def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Signals, status: int, line: str) -> None:
@@ -51,7 +53,10 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
     assert launcher.returncode == status
     assert [said.startswith(line) for said in error.splitlines()].count(True) == 1
     assert "Traceback" not in error
-    assert "torch." not in error  # its machinery would write pages
+    stacks = re.findall(r"^Fatal Python error: (.*)$", error, re.M)
+    assert stacks == (["Segmentation fault"] if how == signal.SIGSEGV else [])
+    assert bool(re.search(r"^  File .*trainer\.py\", line \d+ in take_steps$", error, re.M)) == bool(stacks)
+    assert "torch." not in error or stacks  # its machinery would write pages
     assert ("; last finished step " in error or "; no step was" in error) == (whom == "rank")
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
