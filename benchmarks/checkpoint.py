@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from headrace.parallel.mesh import start_world, stop_world
+from headrace.pretrain.alerts import AlertConfig, Alerts
 from headrace.pretrain.checkpoint import load_checkpoint, save_checkpoint
 from headrace.pretrain.config import CheckpointConfig
 from headrace.pretrain.resume import Facts, Progress
@@ -65,7 +66,8 @@ class Bench:
         self.step = 0
         # The save before is removed in the time of a save, as in a run.
         config = CheckpointConfig(every_steps=1, keep_last=1)
-        self.saver = Saver(config, folder / "beside", tensors, Facts({}, {}), None)
+        alerts = Alerts(AlertConfig(), {}, lambda kind, facts: None, is_first=True)
+        self.saver = Saver(config, folder / "beside", tensors, Facts({}, {}), None, alerts)
 
     def time(self, name: str, action: Callable[[], object]) -> None:
         """Run `action` and keep its seconds, and those of all threads on a CPU, under `name`."""
