@@ -65,7 +65,8 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
     """The text of a batch script that starts `command` as one task a process, again and again until the run is done.
 
     Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
-    itself is followed by another, in the same job, unless `crash_limit` of them in a row finished no step. After
+    itself is followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none
+    had come to before. After
     SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm: slurm sends it to the processes of
     the run alone, and looks at the job again some time later; a job that has ended by then is not queued again.
 
@@ -110,13 +111,15 @@ run={run}
 status() {{ {python} status "$run" --json 2>/dev/null; }}
 step() {{ local n; n=$(status | sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
 finished() {{ status | grep -q '"state": "finished"'; }}
-running() {{ status | grep -q '"state": "running"'; }}
 
 # An srun whose node was away for a moment waits for it long after the run has ended: such a step is cancelled.
 end_with_run() {{
   local seen='' missed=0
   while sleep {look_every_s}; do
-    if running; then seen=1 missed=0; elif [ -n "$seen" ]; then missed=$((missed + 1)); fi
+    case $(status) in
+      *'"state": "running"'*) seen=1 missed=0 ;;
+      *'"state": '*) if [ -n "$seen" ]; then missed=$((missed + 1)); fi ;;  # no answer says nothing
+    esac
     if [ $missed -ge 3 ]; then
       echo "the run has ended, its step $1 has not: cancelled"
       scancel --quiet "$SLURM_JOB_ID.$1"
@@ -131,9 +134,8 @@ asked='' ended=''
 trap 'asked=1; touch "$run/STOP"' USR1
 trap 'ended=1' TERM
 
-crashes=0 number=-1
+crashes=0 number=-1 furthest=$(step)
 while ! finished; do
-  before=$(step)
   rm -f "$run/STOPPED"
   srun --overlap --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
   srun=$! number=$((number + 1))
@@ -153,8 +155,9 @@ while ! finished; do
     exit 143
   fi
   if [ -e "$run/STOPPED" ]; then echo "stopped after step $(step)"; exit 0; fi
-  if [ "$(step)" = "$before" ]; then crashes=$((crashes + 1)); else crashes=0; fi
-  echo "a start ended with status $result after step $(step)"
+  reached=$(step)
+  if [ "$reached" -gt "$furthest" ]; then crashes=0 furthest=$reached; else crashes=$((crashes + 1)); fi
+  echo "a start ended with status $result after step $reached"
   if [ $crashes -ge {crash_limit} ]; then
     echo "$crashes starts in a row ended without a new step: given up; the ranks' logs are beside this one"
     exit 1

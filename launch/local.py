@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -102,7 +102,14 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    before = signal.signal(signal.SIGUSR1, pass_on)  # torchrun's machinery passes SIGTERM on, and waits for its effect
+    asked: list[int] = []
+
+    def pass_on_and_note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)  # ranks that are not yet listening die of it
+        pass_on(number, frame)
+
+    # torchrun's machinery passes SIGTERM on, and waits for its effect
+    before = signal.signal(signal.SIGUSR1, pass_on_and_note)
     beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
@@ -124,7 +131,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         print(f"headrace: ended by {ended.sigval.name}", file=sys.stderr)
         return Ending(128 + ended.sigval, asked=True)
     except ChildFailedError as error:
-        return describe_failure(error, last_step(beats, nproc))
+        return replace(describe_failure(error, last_step(beats, nproc)), asked=bool(asked))
     finally:
         signal.signal(signal.SIGUSR1, before)
         del os.environ[LAUNCHER], os.environ[WATCH_STORE]

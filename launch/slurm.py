@@ -8,6 +8,8 @@ from ..errors import UserError
 
 # Ports of jobs on one machine differ as their numbers do; the range is free on most systems.
 FIRST_PORT, PORTS = 20000, 10000
+# Jobs with numbers close together may share a machine, and each has a step for every start.
+STEP_STRIDE = 1009
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -27,7 +29,7 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
             f"started by srun, but {', '.join(missing)} is not set; start with srun in a job, or by torchrun"
         )
     hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
-    number = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", "0"))
+    number = int(environment["SLURM_JOB_ID"]) + STEP_STRIDE * int(environment.get("SLURM_STEP_ID", "0"))
     # Bound to its own GPU a process sees it as the first, whichever it is.
     bound = environment.get("SLURM_GPUS_PER_TASK") == "1" or "single:1" in environment.get("SLURM_GPU_BIND", "")
     if "SLURM_STEP_TASKS_PER_NODE" in environment and "SLURM_NODEID" in environment:

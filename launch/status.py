@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..pretrain.checkpoint_files.folders import checkpoint_step
 from ..pretrain.goodput import Goodput, measure_goodput, read_starts
 from ..pretrain.run_clock import RUN_ID, STARTS
 
@@ -57,7 +58,7 @@ def read_status(folder: Path) -> RunStatus:
     """The status of the run in `folder`.
 
     Raises:
-        UserError: it is no run folder.
+        UserError: it is no run folder, or cannot be looked at.
     """
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder} is no run folder: it has no config.toml; give runs/NAME")
@@ -70,8 +71,8 @@ def read_status(folder: Path) -> RunStatus:
     state, detail = "not running", ""
     if owner:
         state, detail = "running", owner
-    elif steps is not None and step >= steps:
-        state = "finished"
+    elif steps is not None and checkpoints and checkpoint_step(checkpoints[-1]) >= steps:
+        state = "finished"  # after the last step there is still an evaluation, and the checkpoint
     elif (stopped := _read_json(folder / "STOPPED")) is not None:
         state, detail = "stopped", f"by {stopped.get('reason', 'an unknown hand')}"
     metrics = folder / "metrics.jsonl"
@@ -201,6 +202,8 @@ def _owner(lock: Path) -> str:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return f"as {file.read().strip() or 'another process'}"
+        except OSError as error:
+            raise UserError(f"whether a process holds {lock} cannot be seen: {error.strerror}") from None
     return ""
 
 

@@ -1,6 +1,7 @@
 """What is written down of a run that hangs: where every process stands, and which one did not come."""
 
 import faulthandler
+import gc
 import json
 import linecache
 import os
@@ -20,6 +21,7 @@ from .pulse import Pulse
 # Whoever finds the run hung asks all, by its rank, to say where they stand.
 HANG, NO_HANG = "hang", "-"
 INNERMOST = 8
+_LOOKS = threading.Lock()
 COLLECTIVES = os.sep + os.path.join("torch", "distributed") + os.sep
 
 
@@ -86,7 +88,7 @@ def dump_trace(folder: Path, rank: int) -> str:
 
 def main_thread() -> tuple[tuple[str, ...], bool]:
     """Where the main thread is, innermost line first, and whether it waits for others there."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = _main_frame()
     lines: list[str] = []
     waits = False
     while frame is not None and len(lines) < INNERMOST:
@@ -100,8 +102,24 @@ def main_thread() -> tuple[tuple[str, ...], bool]:
 
 def waits_now() -> bool:
     """Whether the main thread waits for other processes at this moment, as far as Python shows it."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = _main_frame()
     return frame is not None and _waits(frame.f_code.co_filename, _line(frame))
+
+
+def _main_frame() -> FrameType | None:
+    """Where the main thread is.
+
+    CPython 3.11 keeps its list of threads locked meanwhile (issue 106883): a collection that runs a finalizer there,
+    and with it another thread, which begins or ends, would stop the process for ever.
+    """
+    with _LOOKS:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(threading.main_thread().ident or 0)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _line(frame: FrameType) -> int:

@@ -60,7 +60,7 @@ class Control:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._heard = Wish(0)
+        self._heard: list[Wish] = []  # a signal may come between any two instructions: only appended to and popped
         self._looked = -LOOK_EVERY_S
         self._before: dict[signal.Signals, Any] = {}
         self._under_way: tuple[torch.Tensor, dist.Work] | None = None
@@ -79,26 +79,32 @@ class Control:
             signal.signal(number, handler)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        self._heard |= SIGNALS[signal.Signals(number)]
+        self._heard.append(SIGNALS[signal.Signals(number)])
 
     def _look(self) -> None:
         if self._folder is None or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        for name in os.listdir(self._folder):
+        try:
+            names = os.listdir(self._folder)
+        except OSError:  # the next look may see it
+            return
+        for name in names:
             if name in FILES:
-                self._heard |= FILES[name]
+                self._heard.append(FILES[name])
                 (self._folder / name).unlink(missing_ok=True)
 
     def ask(self, wish: Wish) -> None:
         """As if it had been heard from outside."""
-        self._heard |= wish
+        self._heard.append(wish)
 
     def agreed(self) -> Wish:
         """What any process had heard in the step before; the same on all. Collective, once a step."""
         found = self._finish()
         self._look()
-        mine, self._heard = self._heard, Wish(0)
+        mine = Wish(0)
+        while self._heard:
+            mine |= self._heard.pop()
         if dist.get_world_size() == 1:
             return mine
         wish = torch.tensor([int(mine)], dtype=torch.int32)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from .config import Config
 from .memory import name_ranks
 from .run_folder import cut_metrics
 from .tensorboard import TensorBoard
+
+# Records that a full disk may keep waiting, some 50 MB.
+MOST_WAITING = 200_000
 
 
 class Metrics:
@@ -32,6 +36,8 @@ class Metrics:
         self.identity = {"run": run_id, "start": start}
         self.tensorboard = TensorBoard(config.run.folder, step) if config.log.tensorboard else None
         self.file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque()  # lines that are not yet in the file,
+        self._begun = 0  # and how many bytes of the first are
         self.wandb = _start_wandb(config, run_id or config.run.name) if config.log.wandb != "off" else None
         self.last_step = 0
 
@@ -110,6 +116,8 @@ class Metrics:
         self.file.close()
         cut_metrics(path, record["step"])
         self.file = path.open("ab", buffering=0)
+        kept = (line for line in self._waiting if json.loads(line)["step"] <= record["step"])
+        self._waiting, self._begun = deque(kept), 0
         (first, last), (row, end) = record["spike"], record["rows"]
         self.show(
             f"step {record['step']} | rewound: the spike of steps {first} to {last} lasted; the run goes on from the "
@@ -132,6 +140,8 @@ class Metrics:
 
     def close(self) -> None:
         """Finish the files."""
+        if fault := self._put():
+            self.show(f"WARNING: {len(self._waiting)} records are lost: {self.file.name} cannot be written: {fault}")
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -144,16 +154,29 @@ class Metrics:
         print(f"{stamp} {line}", file=sys.stderr, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
-        try:
-            self.file.write((json.dumps(record) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
+        self._waiting.append((json.dumps(record) + "\n").encode())
+        if (fault := self._put()) and (record["kind"] == "start" or len(self._waiting) > MOST_WAITING):
+            raise UserError(f"{self.file.name} cannot be written: {fault}")
+        if fault and len(self._waiting) == 1:
+            self.show(f"WARNING: {self.file.name} cannot be written: {fault}; records wait, and training goes on")
         if self.wandb is not None:
             # A save is on record under its own step when it is done; wandb's steps never go back.
             self.last_step = max(self.last_step, record["step"])
             self.wandb.log(_scalars(record), step=self.last_step)
         if self.tensorboard is not None:
             self.tensorboard.write(_scalars(record), record["step"])
+
+    def _put(self) -> str:
+        """Write what waits, in order; why that cannot be done, where it cannot: a full disk costs no training."""
+        while self._waiting:
+            try:
+                self._begun += self.file.write(self._waiting[0][self._begun :])
+            except OSError as error:
+                return error.strerror or str(error)
+            if self._begun == len(self._waiting[0]):
+                self._waiting.popleft()
+                self._begun = 0
+        return ""
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:

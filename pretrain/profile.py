@@ -13,7 +13,7 @@ TOP_OPERATORS = 25
 
 
 class StepProfiler:
-    """Traces steps on the process that has a folder; on others, and until it is asked, it does nothing.
+    """Traces steps on the process that has a folder; others count them with it, and until it is asked nothing is done.
 
     Args:
         folder: the run folder; None on the others.
@@ -29,21 +29,23 @@ class StepProfiler:
 
     def ask(self, step: int) -> None:
         """Trace from the step after `step` on; while steps are traced, nothing new begins."""
-        if self._folder is None or self._profiler is not None:
+        if self._left:
+            return
+        self._left, self._first = self._num_steps, step + 1
+        if self._folder is None:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._left, self._first = self._num_steps, step + 1
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()
 
-    def step(self) -> Path | None:
-        """A step is finished; after the last that is traced, writes the trace and returns its path."""
-        if self._profiler is None:
-            return None
+    def step(self) -> bool:
+        """A step is finished; whether it is the last that is traced, the same on all."""
+        if not self._left:
+            return False
         self._left -= 1
-        return self.close() if self._left == 0 else None
+        return not self._left
 
     def close(self) -> Path | None:
         """Write what was traced so far, if anything was: `step-N.json.gz`, N the first step, and `step-N.txt`.

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..parallel.comm import do_together
 from ..parallel.copies import CopyCheck
 from ..parallel.mesh import Mesh, World, build_mesh
+from ..parallel.pulse import Pulse
 from .agreement import check_agreement
 from .alerts import Alerts
 from .average import WeightAverage
@@ -111,11 +112,14 @@ class Run:
         self.alerts.send("stall", self.progress.step, line)
         self.alerts.flush(STALL_ALERT_S)
 
-    def trace(self, is_wanted: bool) -> None:
-        """Count a step of a trace, say where it is when it is done, and begin one that `is_wanted`."""
-        path = self.profiler.step()
-        if path is not None and self.metrics is not None:
-            self.metrics.show(f"step {self.progress.step} | traced: {path}")
+    def trace(self, is_wanted: bool, pulse: Pulse) -> None:
+        """Count a step of a trace, say where it is when it is done, and begin one that `is_wanted`. Collective."""
+        if self.profiler.step():
+            with pulse.phase("profile"):  # all wait for the process that writes, which may take longer than steps do
+                path = self.profiler.close()
+                dist.barrier()
+            if path is not None and self.metrics is not None:
+                self.metrics.show(f"step {self.progress.step} | traced: {path}")
         if is_wanted:
             self.profiler.ask(self.progress.step)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from .config import Config, load_config
 from .config_io import to_tables
 from .source import RECORD, check_source, source_record
 
+LOCK_WAIT_S = 2.0
 # A resumed run must compute what the first start would have, so these tables must not change ...
 FIXED = ("run", "model", "data", "optimizer", "schedule", "train")
 # ... but for where things lie (the data's fingerprint is compared), how a step is computed, and how the run ends.
@@ -70,7 +72,7 @@ def open_run_folder(config: Config) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(lock)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
@@ -87,6 +89,23 @@ def open_run_folder(config: Config) -> RunFolder:
         lock.close()
         raise
     return RunFolder(path, lock)
+
+
+def lock_exclusively(lock: IO[str]) -> None:
+    """Lock an open file, which whoever looks at a run's status holds for a moment, and a run that has ended, too.
+
+    Raises:
+        BlockingIOError: a process has held it for `LOCK_WAIT_S`.
+    """
+    until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def check_unchanged(path: Path, config: Config) -> None:
@@ -160,7 +179,10 @@ def replace_file(path: Path, text: str) -> None:
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or the name may be on the disk before the text
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)

@@ -119,8 +119,14 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
 
     def is_due(self) -> bool:
-        """Whether it is time for a periodic save, on the process that reports where time says so; not collective."""
-        return self._interval is not None and self._job is None and self._interval.is_due()
+        """Whether it is time for a periodic save, on the process that reports where time says so; not collective.
+
+        Said once for each: the save comes a step later, when all ranks know.
+        """
+        if self._interval is None or self._job is not None or not self._interval.is_due():
+            return False
+        self._interval.begin()
+        return True
 
     def save(self, progress: Progress, must: bool) -> None:
         """Save a checkpoint of this moment.

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +59,11 @@ class Lookout:
     since_s: float = field(default_factory=time.time)
 
     def look(self, alerts: Alerts, step: int) -> None:
-        """Send `low_disk` and `old_checkpoint` where it is time."""
+        """Send `low_disk` and `old_checkpoint` where it is time; a disk that cannot be asked is asked again later."""
+        with suppress(OSError):
+            self._look(alerts, step)
+
+    def _look(self, alerts: Alerts, step: int) -> None:
         free, needed = shutil.disk_usage(self.folder).free, self.config.low_disk_saves * self.checkpoint_bytes
         if free < needed:
             text = f"{free:,} bytes are free for {self.folder}, and {self.config.low_disk_saves} checkpoints need "

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -73,57 +74,64 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
     skips, pace = Skips(run.world.device), Pace()
     if watch:
         watch.last_words = run.tell_stall
-    try:
-        with Control(run.folder.path if run.folder else None) as control:
-            run.clock.begin_training(progress.step, progress.tokens, steps)
-            while progress.step < stop:
-                started = time.perf_counter()
-                loss_sum, targets, norm, skip = update(run)
-                skips.add(skip)
-                pulse.step(progress.step)
-                run.clock.step(progress.step, progress.tokens)
-                wish = listen(run, control)
+    # It listens to the very end: SIGTERM, which a launcher sends after a first failure, cuts no closing short.
+    with Control(run.folder.path if run.folder else None) as control, closing(run, pulse):
+        run.clock.begin_training(progress.step, progress.tokens, steps)
+        while progress.step < stop:
+            started = time.perf_counter()
+            loss_sum, targets, norm, skip = update(run)
+            skips.add(skip)
+            pulse.step(progress.step)
+            run.clock.step(progress.step, progress.tokens)
+            wish = listen(run, control)
+            if wish.stops:
+                stop = progress.step
+            log = due(progress.step, config.log.every_steps, steps)
+            save = due(progress.step, config.checkpoint.every_steps, stop) or wish.saves
+            must = progress.step == stop or Wish.SAVE in wish
+            copy = not must and due(progress.step, config.checkpoint.memory_every_steps, 0)
+            if handle_spikes(run, pulse, settle=save or copy):
+                skips, pace = Skips(run.world.device), Pace()
                 if wish.stops:
                     stop = progress.step
-                log = due(progress.step, config.log.every_steps, steps)
-                save = due(progress.step, config.checkpoint.every_steps, stop) or wish.saves
-                must = progress.step == stop or Wish.SAVE in wish
-                copy = not must and due(progress.step, config.checkpoint.memory_every_steps, 0)
-                if handle_spikes(run, pulse, settle=save or copy):
-                    skips, pace = Skips(run.world.device), Pace()
-                    if wish.stops:
-                        stop = progress.step
-                        run.tell_stop(wish.reason)
-                    continue
-                with pulse.phase(RECORD) if log or save or copy else nullcontext():
-                    if log or save or copy:
-                        count_skipped(run, skips.take())  # waits for the device
-                    pace.updates += 1
-                    pace.tokens += targets
-                    pace.seconds += time.perf_counter() - started
-                    run.trace(Wish.PROFILE in wish)
-                    if log:
-                        report_step(run, loss_sum, targets, norm, pace)
-                        pace = Pace()
-                        check_finite(config, progress, int(skips.in_a_row))
-                        report_slow_ranks(run, watch)
-                if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
-                    run.copies.check(progress.step)
-                if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
-                    with pulse.phase("evaluation"), run.clock.phase("eval"):
-                        report_heldout(run, run.heldout)
-                keep(run, pulse, save, must, copy)
-                if log or save:
-                    run.look_around()
-                if wish.stops:
                     run.tell_stop(wish.reason)
-            if progress.step >= steps:
-                run.forget_memory()
-            run.clock.set_status("finished" if progress.step >= steps else "stopped")
+                continue
+            with pulse.phase(RECORD) if log or save or copy else nullcontext():
+                if log or save or copy:
+                    count_skipped(run, skips.take())  # waits for the device
+                pace.updates += 1
+                pace.tokens += targets
+                pace.seconds += time.perf_counter() - started
+                run.trace(Wish.PROFILE in wish, pulse)
+                if log:
+                    report_step(run, loss_sum, targets, norm, pace)
+                    pace = Pace()
+                    check_finite(config, progress, int(skips.in_a_row))
+                    report_slow_ranks(run, watch)
+            if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
+                run.copies.check(progress.step)
+            if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
+                with pulse.phase("evaluation"), run.clock.phase("eval"):
+                    report_heldout(run, run.heldout)
+            keep(run, pulse, save, must, copy)
+            if log or save:
+                run.look_around()
+            if wish.stops:
+                run.tell_stop(wish.reason)
+        if progress.step >= steps:
+            run.forget_memory()
+        run.clock.set_status("finished" if progress.step >= steps else "stopped")
+    return progress
+
+
+@contextmanager
+def closing(run: Run, pulse: Pulse) -> Iterator[None]:
+    """Close the run at the end, whichever it is."""
+    try:
+        yield
     finally:
         with pulse.phase("end"):
             run.close(sys.exception())
-    return progress
 
 
 def listen(run: Run, control: Control) -> Wish:

@@ -86,9 +86,12 @@ def remove(path: Path) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Removes what interrupted saves left in `folder`."""
+    """Removes what interrupted saves left in `folder`; what cannot be removed (some network disks) stays for now."""
     for path in folder.glob(f"{_HIDDEN}*step-*"):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s", path, error.strerror)
 
 
 def sync_folder(folder: Path) -> None:

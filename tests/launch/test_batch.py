@@ -16,19 +16,28 @@ from headrace.launch.batch import BatchConfig, batch_script, submit, write_scrip
 from headrace.launch.cli import main
 from tiny import CONFIG
 
-# Trains: adds so many steps as the file `steps` says, then does what the file `then` says.
+# Goes back to the step in the file `saved`, if it is there; adds so many steps as the file `steps` says for this start
+# (its last number: for all later ones), saves after the tenth, then does what the file `then` says.
 SRUN = """#!{python}
 import fcntl, json, os, pathlib, sys, time
 run = pathlib.Path("runs/job")
 run.mkdir(parents=True, exist_ok=True)
 (run / "config.toml").write_text("[train]\\nsteps = 10\\n")
 metrics = run / "metrics.jsonl"
+saved, starts = pathlib.Path("saved"), pathlib.Path("starts")
+if saved.exists() and metrics.exists():
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[: int(saved.read_text())]))
 done = metrics.read_text().count("step") if metrics.exists() else 0
-steps = int(pathlib.Path("steps").read_text())
+counts = [int(count) for count in pathlib.Path("steps").read_text().split()]
+steps = counts[min(len(starts.read_text().splitlines()) if starts.exists() else 0, len(counts) - 1)]
 with metrics.open("a") as file:
     for step in range(done + 1, min(done + steps, 10) + 1):
         file.write(json.dumps({{"kind": "train", "step": step, "tokens": step}}) + "\\n")
-with open("starts", "a") as file:
+if done + steps >= 10 and not pathlib.Path("unsaved").exists():
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "manifest.json").touch()
+with starts.open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 then = pathlib.Path("then").read_text()
 if then == "wait":
@@ -45,6 +54,15 @@ if then == "end":  # rank 0 is gone, and srun waits for another node
     while not pathlib.Path("cancelled").exists():
         time.sleep(0.02)
     sys.exit(1)
+if then == "away":  # for a while nobody can tell how the run is
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        time.sleep(2)
+        (run / "config.toml").rename(run / "config.away")
+        time.sleep(3)
+        (run / "config.away").rename(run / "config.toml")
+    pathlib.Path("then").write_text("0")
+    sys.exit(1)
 if then == "term":
     (run / "STOPPED").write_text(json.dumps({{"step": done + steps, "reason": "SIGTERM"}}))
     then = "0"
@@ -54,7 +72,7 @@ SCONTROL = '#!/bin/bash\necho "$@" > requeued\n'
 SCANCEL = '#!/bin/bash\necho "$@" > cancelled\n'
 
 
-def start(folder: Path, steps: int, then: str, crash_limit: int = 3) -> subprocess.Popen[str]:
+def start(folder: Path, steps: int | str, then: str, crash_limit: int = 3) -> subprocess.Popen[str]:
     """The script in `folder`; `then` is a status of srun, or `wait`."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -115,6 +133,26 @@ def test_crashes_that_make_headway_go_on(tmp_path: Path) -> None:
     assert told == [f"a start ended with status 9 after step {step}" for step in (3, 6, 9)] + ["finished after step 10"]
 
 
+def test_steps_done_again_are_no_headway(tmp_path: Path) -> None:
+    """Each start ends after another step than the one before, and none after the first comes further."""
+    (tmp_path / "saved").write_text("3")
+    job = start(tmp_path, steps="5 1 2 1 2 1 2", then="9")
+    told = job.communicate(timeout=60)[0].splitlines()
+    assert told[:4] == [f"a start ended with status 9 after step {step}" for step in (5, 4, 5, 4)]
+    assert "3 starts in a row ended without a new step: given up" in told[4]
+
+
+def test_the_last_step_alone_finishes_no_run(tmp_path: Path) -> None:
+    """Its checkpoint is not there yet."""
+    (tmp_path / "unsaved").touch()
+    job = start(tmp_path, steps=10, then="9")
+    wait_for(tmp_path / "starts")
+    (tmp_path / "unsaved").unlink()
+    told = job.communicate(timeout=60)[0].splitlines()
+    assert told[0] == "a start ended with status 9 after step 10"
+    assert told[-1] == "finished after step 10"
+
+
 @pytest.mark.fault("a batch job whose starts crash without a new step", "given up after the third")
 def test_a_crash_loop_ends(tmp_path: Path) -> None:
     job = start(tmp_path, steps=0, then="9")
@@ -153,6 +191,14 @@ def test_a_step_that_outlives_its_run_is_cancelled(tmp_path: Path, monkeypatch: 
     told = job.communicate(timeout=60)[0]
     assert "its step 0 has not: cancelled" in told
     assert (tmp_path / "cancelled").read_text() == "--quiet 77.0\n"
+    assert told.endswith("finished after step 10\n")
+
+
+def test_a_run_that_cannot_be_looked_at_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "LOOK_EVERY_S", 0.3)
+    job = start(tmp_path, steps=5, then="away")
+    told = job.communicate(timeout=60)[0]
+    assert "cancelled" not in told
     assert told.endswith("finished after step 10\n")
 
 

@@ -15,6 +15,32 @@ import pytest
 from headrace.parallel.hang import Stand, describe, find_missing, main_thread, waits_now
 from tiny import CONFIG
 
+# One thread looks, and leaves something behind whose end lets go of the interpreter; meanwhile others come and go.
+LOOKER = """
+import gc, os, threading, time
+from headrace.parallel.hang import waits_now
+class Finalized:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        time.sleep(0.0001)
+def look():
+    for _ in range(2000):
+        Finalized()
+        waits_now()
+for _ in range(6):
+    threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
+looker = threading.Thread(target=look, daemon=True)
+gc.set_threshold(5)
+looker.start()
+while looker.is_alive():
+    passer = threading.Thread(target=int)
+    passer.start()
+    passer.join()
+assert gc.isenabled()
+os._exit(0)
+"""
+
 HOST = os.uname().nodename
 # A rank that sleeps for ever in a forward pass once the file FALL_ASLEEP is there. It lives: its threads go on beating.
 SLEEPER = """
@@ -113,3 +139,8 @@ def test_who_is_missing() -> None:
     line = describe(4, waiting | {2: stand(7, False)}, hosts, 12.0)
     assert line.startswith("rank 2 (node1) did not come to where the others wait in step 8, and stands at model.py:7")
     assert Stand.unpack(waiting[0].pack().encode()) == waiting[0]
+
+
+def test_a_look_at_the_main_thread_stops_no_process() -> None:
+    """As it did in CPython 3.11, whose list of threads is locked while it is looked through (issue 106883)."""
+    assert subprocess.run([sys.executable, "-c", LOOKER], timeout=120, check=False).returncode == 0

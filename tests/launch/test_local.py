@@ -1,5 +1,6 @@
 """A run over several processes ends as one: no process stays behind, and one line says why."""
 
+import json
 import os
 import re
 import signal
@@ -59,6 +60,8 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
     assert "torch." not in error or stacks  # its machinery would write pages
     assert ("; last finished step " in error or "; no step was" in error) == (whom == "rank")
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    last = json.loads((tmp_path / "tiny" / "starts.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "end"  # rank 0 was let finish
 
 
 def test_a_launcher_does_not_mark_its_own_process() -> None:

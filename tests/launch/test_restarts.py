@@ -107,6 +107,20 @@ def test_when_it_is_given_up(endings: list[Ending], status: int, starts: int, ca
     assert ("given up" in capsys.readouterr().err) == (status == 1)
 
 
+def test_a_signal_that_ranks_do_not_hear_yet_is_an_end_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGUSR1 kills a process that still loads its libraries; the launcher was asked, and starts nothing again."""
+
+    def die(*_: str) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise ChildFailedError("train", {0: failure(0, -signal.SIGUSR1), 1: failure(1, -signal.SIGTERM)})
+
+    with mock.patch.object(local, "elastic_launch", return_value=die):
+        assert run_again_and_again(["train"], 2, 2) == 1
+    said = capsys.readouterr().err
+    assert "rank 0 was ended by SIGUSR1" in said
+    assert "started again" not in said
+
+
 def test_without_restarts_it_is_one_start() -> None:
     with mock.patch.object(local, "run_processes", side_effect=[Ending(1, 7)]):
         assert run_again_and_again(["train"], 2, 0) == 1

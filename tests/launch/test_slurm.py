@@ -53,7 +53,7 @@ def test_a_task_of_a_step() -> None:
     environment = dict(TASK)
     adopt_slurm(environment)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [environment[name] for name in names] == ["5", "8", "1", "gpu07", str(20000 + 123458 % 10000)]
+    assert [environment[name] for name in names] == ["5", "8", "1", "gpu07", str(20000 + (123456 + 1009 * 2) % 10000)]
 
 
 @pytest.mark.parametrize("binding", [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_GPU_BIND": "single:1"}])

@@ -17,12 +17,14 @@ TRAIN = {"kind": "train", "step": 3, "tokens": 3000, "loss": 2.5, "tokens_per_s"
 EVAL = {"kind": "eval", "step": 2, "bits_per_byte": 1.25}
 
 
-def make_run(folder: Path, steps: int = 10, records: tuple[dict, ...] = (TRAIN, EVAL), tail: str = "") -> Path:
+def make_run(
+    folder: Path, steps: int = 10, records: tuple[dict, ...] = (TRAIN, EVAL), tail: str = "", saved: int = 2
+) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(f"[train]\nsteps = {steps}\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
     (folder / ".lock").write_text("process 7 on node1")
-    checkpoint = folder / "checkpoints" / "step-00000002"
+    checkpoint = folder / "checkpoints" / f"step-{saved:08}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_bytes(b"x" * 1_500_000)
     (folder / "checkpoints" / ".tmp-step-00000003").mkdir()
@@ -45,7 +47,8 @@ def test_a_run_that_runs_is_not_disturbed(tmp_path: Path) -> None:
 
 
 def test_finished_and_stopped(tmp_path: Path) -> None:
-    assert read_status(make_run(tmp_path / "a", steps=3)).state == "finished"
+    assert read_status(make_run(tmp_path / "a", steps=3, saved=3)).state == "finished"
+    assert read_status(make_run(tmp_path / "c", steps=3)).state == "not running"  # killed in the last save
     folder = make_run(tmp_path / "b")
     (folder / "STOPPED").write_text('{"step": 3, "reason": "SIGTERM"}\n')
     assert (read_status(folder).state, read_status(folder).detail) == ("stopped", "by SIGTERM")
@@ -69,7 +72,7 @@ def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
 
 def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "runs" / "a")
-    make_run(tmp_path / "runs" / "b", steps=3)
+    make_run(tmp_path / "runs" / "b", steps=3, saved=3)
     monkeypatch.chdir(tmp_path)
     found = [read_status(folder) for folder in find_runs([])]
     assert [json.loads(line)["name"] for line in format_status(found, as_json=True).splitlines()] == ["a", "b"]

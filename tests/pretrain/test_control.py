@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
-from headrace.pretrain.control import Control
+from headrace.pretrain.control import Control, Wish
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.trainer import train
 from tiny import losses, records, this_world, tiny_config
@@ -102,3 +102,30 @@ def test_a_run_that_ends_while_it_is_traced(gloo: Callable, tmp_path: Path, data
     ask(config, "PROFILE")
     assert gloo(1, run, config) == [3]
     assert (config.run.folder / "profile" / "step-2.txt").exists()
+
+
+class Late(list[Wish]):
+    """A signal comes just when the last of what was heard is taken."""
+
+    came = False
+
+    def pop(self, *_: int) -> Wish:  # type: ignore[override]
+        found = super().pop()
+        if not self and not self.came:
+            self.came = True
+            self.append(Wish.SIGTERM)
+        return found
+
+
+def hear_late() -> list[Wish]:
+    control = Control(None)
+    control._heard = Late([Wish.SAVE, Wish.EVALUATE])
+    return [control.agreed() for _ in range(3)]
+
+
+def test_a_signal_is_never_lost(gloo: Callable) -> None:
+    """Whichever moment it comes at."""
+    everything = Wish(0)
+    for wish in gloo(1, hear_late)[0]:
+        everything |= wish
+    assert everything == Wish.SAVE | Wish.EVALUATE | Wish.SIGTERM

@@ -1,5 +1,7 @@
 """What a start is refused for where a run is there already: another process, configuration, code or data."""
 
+import fcntl
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,16 @@ def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Pa
         assert "is in use by process" in message
     holder.close()
     assert gloo(1, train_tiny, config) == [6]
+
+
+def test_a_look_at_a_run_refuses_no_start(tmp_path: Path, data: Path) -> None:
+    """`headrace status` holds the lock for a moment."""
+    config = tiny_config(tmp_path, data)
+    config.run.folder.mkdir()
+    with (config.run.folder / ".lock").open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.3, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        open_run_folder(config).close()
 
 
 @pytest.mark.fault("another configuration at resume", "refused; the differences named")

@@ -11,8 +11,7 @@ from headrace.errors import UserError
 from headrace.pretrain import save_interval
 from headrace.pretrain.config import Config
 from headrace.pretrain.save_interval import FIRST_S, SaveInterval
-from headrace.pretrain.trainer import train
-from tiny import prepare_tiny, this_world, tiny_config
+from tiny import records, tiny_config, train_tiny
 
 
 class Clock:
@@ -59,17 +58,39 @@ def test_one_slow_save_does_not_move_the_interval() -> None:
 def run(config: Config) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_interval, "FIRST_S", 0.0)
-        return train(config, this_world()).step
+        return train_tiny(config)
+
+
+def run_dear(config: Config) -> int:
+    """Due at once, and after the first save hardly ever."""
+    begin = SaveInterval.begin
+
+    def begin_and_wait(self: SaveInterval) -> None:
+        begin(self)
+        save_interval.FIRST_S = math.inf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_interval, "FIRST_S", 0.0)
+        patch.setattr(SaveInterval, "begin", begin_and_wait)
+        return train_tiny(config)
+
+
+def test_what_is_due_is_saved_once(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """Between the step in which the first rank finds it due and that in which all know, it is still to be done."""
+    options = ("checkpoint.every_steps=0", "train.steps=12", "checkpoint.time_share=0.01")
+    config = tiny_config(tmp_path, data, *options, "checkpoint.failure_every_s=1e12")
+    assert gloo(2, run_dear, config) == [12, 12]
+    assert saves(config) == [2, 12]
 
 
 def saves(config: Config) -> list[int]:
-    records = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [record["step"] for record in records if record["kind"] == "save"]
+    return [record["step"] for record in records(config, "save")]
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_all_ranks_save_when_the_first_finds_it_due(gloo: Callable, tmp_path: Path, asynchronous: str) -> None:
-    data = prepare_tiny(tmp_path / "prepared")
+def test_all_ranks_save_when_the_first_finds_it_due(
+    gloo: Callable, tmp_path: Path, data: Path, asynchronous: str
+) -> None:
     options = ("checkpoint.every_steps=0", "train.steps=12", f"checkpoint.asynchronous={asynchronous}")
     often = ("checkpoint.time_share=0.5", "checkpoint.failure_every_s=1e-6")
     config = tiny_config(tmp_path, data, *options, *often)
