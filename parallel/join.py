@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from .heartbeat import spans
+from .rejoin import name_start
 
 PREFIX = "headrace/join"
 VERDICT, ALL_CAME = "verdict", "all came"
@@ -40,29 +41,32 @@ class Place:
         return f"{self.host}:{self.port}"
 
 
-def join_group(backend: str, timeout_s: float) -> None:
+def join_group(backend: str, timeout_s: float) -> str:
     """Start the process group that the environment describes, as torchrun and slurm do. Collective.
 
-    Under torchrun the launcher keeps the store, and has seen to it that all are there; otherwise rank 0 keeps it.
+    Under torchrun the launcher keeps the store, over several starts; otherwise rank 0 keeps it.
+
+    Returns the name of this start in a store that a launcher keeps; empty otherwise.
 
     Raises:
         UserError: the environment describes half a group, the port is taken, two processes claim one rank, or some do
             not come within `timeout_s`, which are named.
     """
-    place = read_place()
-    timeout = timedelta(seconds=timeout_s)
+    place, name = read_place(), ""
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            dist.init_process_group(backend, timeout=timeout)
-            return
-        store = meet(place, timeout_s)
+            store = _open_store(place, timeout_s, time.monotonic() + timeout_s, keeps=False)
+            name = name_start(store, place.rank, place.size, timeout_s)
+        else:
+            store = meet(place, timeout_s)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("default_pg", store),
+            store=dist.PrefixStore(f"default_pg/{name}", store),
             rank=place.rank,
             world_size=place.size,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_s),
         )
+        return name
     except RuntimeError as error:
         raise UserError(
             f"{place.me} did not find all {place.size} processes at {place.address} within {timeout_s:g} s; start them "
@@ -96,7 +100,7 @@ def meet(place: Place, timeout_s: float) -> dist.Store:
     if place.rank:
         _reach(place, timeout_s, until)
     try:
-        store = _open_store(place, timeout_s, until)
+        store = _open_store(place, timeout_s, until, keeps=place.rank == 0)
     except RuntimeError as error:
         if place.rank == 0 and "EADDRINUSE" in str(error):
             raise UserError(
@@ -126,7 +130,7 @@ def _reach(place: Place, timeout_s: float, until: float) -> None:
         time.sleep(RETRY_S)
 
 
-def _open_store(place: Place, timeout_s: float, until: float) -> dist.Store:
+def _open_store(place: Place, timeout_s: float, until: float, keeps: bool) -> dist.Store:
     """In a thread: TCPStore waits for ever for a stranger that takes its connection and says nothing."""
     found: list[dist.Store | RuntimeError] = []
 
@@ -136,7 +140,7 @@ def _open_store(place: Place, timeout_s: float, until: float) -> dist.Store:
                 dist.TCPStore(
                     place.host,
                     place.port,
-                    is_master=place.rank == 0,
+                    is_master=keeps,
                     wait_for_workers=False,
                     timeout=timedelta(seconds=timeout_s),
                 )

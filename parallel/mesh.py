@@ -21,12 +21,21 @@ from .join import join_group
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, its device, and when it began (seconds since 1970)."""
+    """This process among all.
+
+    Attributes:
+        rank: from 0.
+        size: number of processes.
+        device: of this one.
+        began_s: when it began, seconds since 1970.
+        start: name of this start, where a launcher keeps a store over several.
+    """
 
     rank: int
     size: int
     device: torch.device
     began_s: float = field(default_factory=time.time)
+    start: str = ""
 
     @property
     def is_first(self) -> bool:
@@ -56,12 +65,13 @@ def start_world(timeout_s: float = 600.0) -> World:
         device, backend = torch.device("cpu"), "gloo"
         prefer_onednn()
         keep_freed_memory()
-    timeout = timedelta(seconds=timeout_s)
+    start = ""
     if "RANK" in os.environ:
-        join_group(backend, timeout_s)
+        start = join_group(backend, timeout_s)
     else:
+        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device, process_began_s())
+    return World(dist.get_rank(), dist.get_world_size(), device, process_began_s(), start)
 
 
 def process_began_s() -> float:

@@ -237,9 +237,10 @@ def start_watch(world: World, timeout_s: float, limits: WatchConfig | None = Non
     looks for hangs, and writes what it finds of them into `folder`.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
-    keeper = None
+    keeper, prefix = None, f"{PREFIX}/{world.start}"
     if own := os.environ.get(WATCH_STORE):
         host, _, port = own.rpartition(":")
+        prefix = PREFIX  # a new store for every start
     if own or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         keeper = f"the launcher at {host}:{port}"
     wait_s = min(timeout_s, 30.0)
@@ -250,7 +251,7 @@ def start_watch(world: World, timeout_s: float, limits: WatchConfig | None = Non
         store = dist.TCPStore(
             host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=wait_s)
         )
-        return dist.PrefixStore(PREFIX, store)
+        return dist.PrefixStore(prefix, store)
 
     hangs = None
     if limits and limits.margin_s and folder:

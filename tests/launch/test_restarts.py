@@ -17,32 +17,47 @@ from headrace.launch.local import Ending, run_again_and_again
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from tiny import CONFIG
 
+HEADRACE = [sys.executable, "-m", "headrace"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
 
-def start(folder: Path, data: Path, name: str, how: list[str]) -> subprocess.Popen[str]:
+
+def start(folder: Path, data: Path, name: str, before: list[str], after: list[str]) -> subprocess.Popen[str]:
+    """A run whose command begins and ends so."""
     config = folder / "tiny.toml"
     config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
     overrides = ["train.steps=40", "checkpoint.every_steps=5", f"run.name={name}"]
-    verb, *limits = how
-    command = [sys.executable, "-m", "headrace", verb, str(config), *overrides, "--nproc", "2", *limits]
+    command = [*before, str(config), *overrides, *after]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.fault("kill -9 of a rank under `--restarts`", "started again; the same weights")
-def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path) -> None:
-    whole = start(tmp_path, data, "whole", ["train", "--restarts", "2"])
-    launcher = start(tmp_path, data, "killed", ["launch", "--crash-limit", "2"])
-    while latest_checkpoint(tmp_path / "killed" / "checkpoints") is None:
+def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
+    """kill -9, after the first checkpoint."""
+    while latest_checkpoint(folder / "checkpoints") is None:
         assert launcher.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
+
+
+@pytest.mark.fault("kill -9 of a rank, under `--restarts` and `torchrun --max-restarts`", "goes on; the same weights")
+def test_kill_9_of_a_rank_does_not_end_the_run(tmp_path: Path, data: Path, record_property) -> None:  # type: ignore[no-untyped-def]
+    """Torchrun keeps one store over all starts, with what the killed one left in it."""
+    whole = start(tmp_path, data, "whole", [*HEADRACE, "train"], ["--nproc", "2", "--restarts", "2"])
+    launcher = start(tmp_path, data, "killed", [*HEADRACE, "launch"], ["--nproc", "2", "--crash-limit", "2"])
+    kill_a_rank(launcher, tmp_path / "killed")
     said, _ = (process.communicate(timeout=200)[1] for process in (launcher, whole))
-    assert launcher.returncode == whole.returncode == 0
     assert said.count("headrace: started again from the newest checkpoint\n") == 1
-    found, expected = (load_full(latest_checkpoint(tmp_path / name / "checkpoints")) for name in ("killed", "whole"))
-    assert found.keys() == expected.keys()
-    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    torchrun = start(tmp_path, data, "torchrun", [*TORCHRUN, "-m", "headrace", "train"], [])
+    kill_a_rank(torchrun, tmp_path / "torchrun")
+    said = torchrun.communicate(timeout=200)[1]
+    assert [process.returncode for process in (whole, launcher, torchrun)] == [0, 0, 0], said
+    expected = load_full(latest_checkpoint(tmp_path / "whole" / "checkpoints"))
+    for name in ("killed", "torchrun"):
+        found = load_full(latest_checkpoint(tmp_path / name / "checkpoints"))
+        assert found.keys() == expected.keys()
+        assert all(found[key].equal(tensor) for key, tensor in expected.items())
+    record_property("tried", 2)
 
 
 # Read by every Python that starts: rank 1 is killed before it has done anything.
@@ -58,7 +73,7 @@ def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.Monke
     (tmp_path / "sitecustomize.py").write_text(KILLED_AT_ONCE)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
-    launcher = start(tmp_path, data, "looping", ["train", "--restarts", "2"])
+    launcher = start(tmp_path, data, "looping", [*HEADRACE, "train"], ["--nproc", "2", "--restarts", "2"])
     said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
     lines = said.splitlines()
