@@ -77,6 +77,9 @@ class Control:
             self._finish()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # Another process failed, and the launcher, which knows which, waits for this one to end.
+        if isinstance(error, RuntimeError) and Wish.SIGTERM in self._heard:
+            signal.raise_signal(signal.SIGTERM)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self._heard.append(SIGNALS[signal.Signals(number)])
