@@ -55,5 +55,6 @@ slurm-test: .venv/test.done
 	bash tests/slurm/install.sh
 	HEADRACE_SLURM=1 $(BIN)/python -m pytest -s tests/slurm
 
+# What can be made again; runs stay.
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv build *.egg-info

@@ -1,4 +1,4 @@
-"""What the user may choose about data: the tables `[prepare]` and `[data]`."""
+"""What the user may choose about data: the keys of `headrace prepare`, and the table `[data]` of a run."""
 
 from dataclasses import dataclass, field
 
@@ -13,11 +13,14 @@ PIECES = ("word", "mixed", "text")
 class TokenizerConfig:
     """The tokenizer to train, or the one to use.
 
-    `vocab_size` pieces of at most `max_piece_length` characters are learned from about `sample_bytes` bytes of
-    training text. `pieces` says what one piece may hold (bytes per token measured on Python source, 4,096 pieces):
-    "word" a word or a run of punctuation or spaces (3.0), "mixed" words and the punctuation beside them (3.4), "text"
-    anything, line ends and several words too (4.0). Longer pieces mean fewer tokens, and harder ones to predict.
-    A `path` to a sentencepiece model takes the place of training; the other fields are then unused.
+    Attributes:
+        vocab_size: pieces; a run's `model.vocab_size` must be as large.
+        pieces: what one may hold (bytes per token measured on Python source, 4,096 pieces): "word" a word or a run of
+            punctuation or spaces (3.0), "mixed" words and the punctuation beside them (3.4), "text" anything, line ends
+            and several words too (4.0). Longer pieces mean fewer tokens, and harder ones to predict.
+        max_piece_length: characters.
+        sample_bytes: of training text that pieces are learned from, about.
+        path: of a sentencepiece model that takes the place of training; the other keys are then unused.
     """
 
     vocab_size: int = 4096
@@ -47,10 +50,16 @@ class TokenizerConfig:
 class PrepareConfig:
     """How a corpus becomes token shards.
 
-    `corpus` is "stdlib" (the source of Python's own standard library) or a folder. In a folder, files with a suffix in
-    `text_suffixes` are one document each; `.jsonl`, `.jsonl.gz`, `.jsonl.zst` and `.parquet` hold one document a
-    record, in `text_field`. `heldout_fraction` of the files (or records) is kept for evaluation. Shards hold up to
-    `shard_mib` MiB. `seed` picks the tokenizer's sample. `workers` threads tokenise; the result does not depend on it.
+    Attributes:
+        corpus: "stdlib" (the source of Python's own standard library) or a folder of text, or of `.jsonl`, `.jsonl.gz`,
+            `.jsonl.zst` and `.parquet` files with one document a record.
+        out: the folder to write.
+        text_suffixes: of files that are one document each.
+        text_field: of a record, that holds the document.
+        heldout_fraction: of the files (or records), that is kept for evaluation.
+        shard_mib: MiB that a shard holds at most.
+        seed: picks the tokenizer's sample.
+        workers: threads that tokenise; the result does not depend on it.
     """
 
     corpus: str = STDLIB
@@ -88,9 +97,13 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a training run reads: a prepared `folder`, cut into rows of `seq_len` tokens, in the order of `seed`.
+    """What a training run reads.
 
-    `prefetch` batches are made ready in a background thread.
+    Attributes:
+        folder: what `headrace prepare` wrote.
+        seq_len: tokens of a row.
+        seed: of the order of the documents.
+        prefetch: batches that are made ready in a background thread.
     """
 
     folder: str = DEFAULT_FOLDER

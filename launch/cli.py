@@ -60,7 +60,7 @@ def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
     prepare = _command(subparsers, "prepare", commands.prepare, "turn a corpus into a tokenizer and token shards")
     prepare.add_argument("--corpus", help="a folder of text, or 'stdlib': Python's own library (default)")
     prepare.add_argument("--out", help="where the prepared data goes")
-    _add_overrides(prepare)
+    _add_overrides(prepare, "tokenizer.vocab_size=8192")
 
     train = _command(subparsers, "train", commands.train, "train a model, going on from its newest checkpoint")
     train.add_argument("config", help="a TOML file")
@@ -107,6 +107,9 @@ def _add_launch(subparsers) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_reading(subparsers) -> None:  # type: ignore[no-untyped-def]
+    keys = _command(subparsers, "keys", commands.keys, "show every key of a configuration: type, default, meaning")
+    keys.add_argument("tables", metavar="table", nargs="*", help="as model.mamba2; prepare (default: all of a run)")
+
     status = _command(subparsers, "status", commands.status, "show where runs stand, without disturbing them")
     status.add_argument("run_folders", metavar="run", nargs="*", help="run folders (default: all in runs/)")
     status.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -153,8 +156,8 @@ def _command(subparsers, name: str, function, summary: str) -> argparse.Argument
     return parser
 
 
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a config value, as train.steps=100")
+def _add_overrides(parser: argparse.ArgumentParser, example: str = "train.steps=100") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"set a value, as {example}")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,21 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def keys(options: argparse.Namespace) -> int:
+    """`headrace keys`: what may be configured."""
+    from ..pretrain.config_reference import choose_tables, format_text, read_tables
+
+    if options.tables == ["prepare"]:
+        from ..data import PrepareConfig
+
+        print(format_text(list(read_tables(PrepareConfig))))
+        return 0
+    from ..pretrain.config import Config
+
+    print(format_text(choose_tables(list(read_tables(Config)), options.tables)))
+    return 0
+
+
 def train(options: argparse.Namespace) -> int:
     """`headrace train`: one process of a run, or with --nproc the start of several."""
     # Read when torch is loaded. It would write pages about a connection that breaks; `Watch` says in one line whose.

@@ -13,7 +13,9 @@ PASSING = ("config.run.name", "record.resumed_at", "record.run", "record.start")
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Lines `key: first -> second`, of `config.toml` and `manifest.json`; none where the runs are of one kind.
+    """Lines `key: first -> second`, of `config.toml`, `manifest.json` and, by their hashes, source files.
+
+    None where the runs are of one kind.
 
     Raises:
         UserError: a folder is no run folder, or its files are damaged.
@@ -27,11 +29,15 @@ def _facts(folder: Path) -> dict[str, Any]:
     try:
         config = tomllib.loads((folder / "config.toml").read_text())
         record = json.loads((folder / "manifest.json").read_text())
+        source = folder / "source.json"  # of older runs there is none
+        code = json.loads(source.read_text())["files"] if source.exists() else {}
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run folder: it has no {Path(error.filename).name}; give runs/NAME") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder} cannot be read ({error}); restore config.toml and manifest.json") from None
-    return {**_flat(config, "config"), **_flat(record, "record")}
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{folder} cannot be read ({error}); restore config.toml, manifest.json and source.json"
+        ) from None
+    return {**_flat(config, "config"), **_flat(record, "record"), **_flat(code, "code")}
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from .spikes import SpikesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Who this run is: its name, where its folder lies, and the seed of everything random."""
+    """Who this run is.
+
+    Attributes:
+        name: of the run and of its folder.
+        root: where run folders lie.
+        seed: of first values and of whatever else is random but the order of the data.
+    """
 
     name: str
     root: str = "runs"
@@ -208,7 +214,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often a line is written, whether to wandb and TensorBoard too, and how many steps `PROFILE` traces."""
+    """What is written of a run while it goes.
+
+    Attributes:
+        every_steps: steps between two lines and records.
+        wandb: whether records go to Weights & Biases too, at once or to a folder of it (`headrace[wandb]`).
+        tensorboard: whether they go to TensorBoard too, in `tensorboard/` of the run folder (`headrace[tensorboard]`).
+        profile_steps: steps that the file `PROFILE` has traced.
+    """
 
     every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "off"

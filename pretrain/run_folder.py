@@ -115,13 +115,12 @@ def check_unchanged(path: Path, config: Config) -> None:
         differences = load_config(saved).differences(config, FIXED)
         if changed := [line for line in differences if line.partition(":")[0] not in FREE_TO_CHANGE]:
             of_optimizer = all(line.startswith("optimizer.") for line in changed)
-            if of_optimizer and config.checkpoint.fresh_optimizer:
-                return
-            go_on = "; to go on with its weights, set checkpoint.fresh_optimizer=true" if of_optimizer else ""
-            raise UserError(
-                f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
-                f"choose another run.name, or delete the folder to start over{go_on}"
-            )
+            if not (of_optimizer and config.checkpoint.fresh_optimizer):
+                go_on = "; to go on with its weights, set checkpoint.fresh_optimizer=true" if of_optimizer else ""
+                raise UserError(
+                    f"run folder {path} holds a run with another configuration ({'; '.join(changed)}); "
+                    f"choose another run.name, or delete the folder to start over{go_on}"
+                )
         if checkpoint_step(latest) < config.train.steps and not config.checkpoint.other_code:
             check_source(path, _saved_commit(path))
 

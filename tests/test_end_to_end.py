@@ -1,6 +1,7 @@
 """The commands of `make train`, one after the other, on a corpus of a few pages; and the commands the pages show."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -72,7 +73,7 @@ def shown_commands() -> list[tuple[str, str]]:
             found += [
                 (page.name, line.partition("#")[0].strip())
                 for line in lines
-                if re.match(r"(torchrun .*)?headrace ", line)
+                if re.match(r"((torchrun|srun) .*)?headrace ", line)
             ]
     return found
 
@@ -82,10 +83,10 @@ def test_shown_commands_are_understood(page: str, command: str) -> None:
     words = shlex.split(command)
     options = parse(words[words.index("headrace") + 1 :])
     if config := getattr(options, "config", None):
-        processes = re.search(r"--nproc(?:-per-node)? (\d+)", command)
+        counts = re.findall(r"--(?:nproc|nproc-per-node|ntasks-per-node|nodes|gpus-per-node) (\d+)", command)
         from headrace.pretrain.config import load_config
 
-        world_size = int(processes[1]) if processes else 1
+        world_size = math.prod(map(int, counts))
         load_config(ROOT / config, options.overrides, None if "explain" in words else world_size)
 
 

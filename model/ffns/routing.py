@@ -29,7 +29,8 @@ class RouterConfig:
     """Options of a router; `MoEConfig` adds those of the experts.
 
     Args:
-        num_experts, top_k: experts X, and how many of them a token goes to.
+        num_experts: X.
+        top_k: experts that a token goes to.
         score: logits to scores, over all experts or each on its own.
         renormalize: weights of a token's experts sum to one; with `softmax` that is a softmax over the chosen alone.
         scale: factor of all weights.

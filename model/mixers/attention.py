@@ -24,7 +24,8 @@ class AttentionConfig:
     """Options of an attention layer.
 
     Args:
-        num_heads, num_kv_heads: query heads; key and value heads (None: as many).
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None for as many.
         head_dim: width of a head; None for `d_model / num_heads`.
         rope_fraction: share of each head's width that is rotated by position (Su et al. 2021): 0 none, 1 all.
         rope_theta: base of the rotary frequencies.

@@ -24,11 +24,14 @@ class Mamba1Config:
 
     Args:
         expand: inner channels I as a multiple of d_model.
-        d_state, d_conv: N and the taps of the convolution.
+        d_state: N, numbers of state of a channel.
+        d_conv: K, taps of the convolution.
         dt_rank: R, numbers that a token's step sizes are made of; None for d_model / 16, rounded up.
-        conv_bias, bias: biases of the convolution; of the input and output projections.
+        conv_bias: biases of the convolution.
+        bias: biases of the input and output projections.
         inner_norms: RMS norms on dt before its second projection, on B and on C: Jamba (arXiv:2403.19887, section 6.4).
-        dt_min, dt_max, dt_floor: distribution of the first step sizes.
+        dt_min, dt_max: the first step sizes lie between these, evenly in their logarithms.
+        dt_floor: the least of them.
     """
 
     expand: float = 2

@@ -23,14 +23,21 @@ class Mamba2Config:
 
     Args:
         num_heads: heads H; None for `expand * d_model / head_dim`. When given, `expand` is not used.
-        head_dim, d_state, num_groups, d_conv: P, N, G and K of the paper.
+        head_dim: P, channels of a head.
+        expand: inner channels as a multiple of d_model.
+        d_state: N, numbers of state of a channel.
+        num_groups: G, groups of heads that share B and C.
+        d_conv: K, taps of the convolution.
         chunk_size: tokens per chunk of the SSD algorithm; speed only, never the result.
-        conv_bias, bias: biases of the convolution; of the input and output projections.
+        conv_bias: biases of the convolution.
+        bias: biases of the input and output projections.
         skip: the `D x` term: one D per head, per channel, or none.
         gated_norm: RMS over each group's channels, over the whole width, or the gate alone.
         norm_before_gate: normalise before multiplying with silu(z) instead of after.
         dt_limit: bounds of the step size after softplus.
-        dt_min, dt_max, dt_floor, A_range: distribution of the first step sizes and of the first -A.
+        dt_min, dt_max: the first step sizes lie between these, evenly in their logarithms.
+        dt_floor: the least of them.
+        A_range: the first -A lie between these, evenly.
     """
 
     num_heads: int | None = None

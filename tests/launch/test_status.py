@@ -124,6 +124,9 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
     assert differences(tmp_path / "a", tmp_path / "a") == []
     assert differences(tmp_path / "a", tmp_path / "b") == ["config.optimizer.lr: 0.1 -> 0.2"]
     assert differences(tmp_path / "a", tmp_path / "c") == ['record.commit: "abc" -> "abd"']
+    for name, text in (("a", "0f"), ("c", "1e")):
+        (tmp_path / name / "source.json").write_text(json.dumps({"versions": {}, "files": {"model/lm.py": text}}))
+    assert differences(tmp_path / "a", tmp_path / "c")[1:] == ['code.model/lm.py: "0f" -> "1e"']
     (tmp_path / "b" / "manifest.json").write_text("{cut")
     with pytest.raises(UserError, match="cannot be read"):
         differences(tmp_path / "a", tmp_path / "b")

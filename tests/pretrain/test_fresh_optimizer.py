@@ -52,3 +52,13 @@ def test_a_checkpoint_from_elsewhere(gloo: Callable, tmp_path: Path, data: Path)
     (refused,) = gloo(1, train_or_refusal, other, 4)
     assert "holds the state of another optimizer (block_size: 16 -> 32)" in refused
     assert FRESH in refused
+
+
+def test_other_code_is_refused_under_the_flag_too(tmp_path: Path, data: Path, gloo: Callable) -> None:
+    config = tiny_config(tmp_path, data)
+    assert gloo(1, train_or_refusal, config, 2) == [2]
+    record = config.run.folder / "source.json"
+    record.write_text(record.read_text().replace('"model/lm.py": "', '"model/lm.py": "0'))
+    other = tiny_config(tmp_path, data, FRESH, "optimizer.lr=0.5")
+    (refused,) = gloo(1, train_or_refusal, other, 4)
+    assert "model/lm.py changed" in refused
