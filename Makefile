@@ -42,9 +42,8 @@ lint: .venv/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One process runs what needs the pool of gloo workers, another the rest.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=15
+	$(BIN)/python -m pytest --durations=15
 
 # Everything that is done to runs on purpose, often; writes docs/faults.md.
 faults: .venv/test.done

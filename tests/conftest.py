@@ -43,18 +43,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_tiny(tmp_path_factory.mktemp("prepared"))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist then sees the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device, those marked `interpreted` where there is one.
-
-    Tests of the gloo pool stay in one process (pytest-xdist): there is one pool.
-    """
+    """Skips tests marked `gpu` where there is no CUDA device, those marked `interpreted` where there is one."""
     marker, reason = "gpu", "needs a CUDA device; none is visible"
     if torch.cuda.is_available():
         marker, reason = "interpreted", "kernels are compiled here: benchmarks/kernels_gpu.py judges them"
     for item in items:
-        if "gloo" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("gloo"))
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
         if fault := item.get_closest_marker("fault"):
