@@ -65,10 +65,10 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
     """The text of a batch script that starts `command` as one task a process, again and again until the run is done.
 
     Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
-    itself is followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none
-    had come to before. After
-    SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm: slurm sends it to the processes of
-    the run alone, and looks at the job again some time later; a job that has ended by then is not queued again.
+    itself is followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none had
+    come to before. After SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm: slurm sends it
+    to the processes of the run alone, and looks at the job again some time later; a job that has ended by then is not
+    queued again.
 
     Args:
         run: the run folder.

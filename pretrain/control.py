@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from enum import IntFlag
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -88,14 +89,11 @@ class Control:
         if self._folder is None or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        try:
-            names = os.listdir(self._folder)
-        except OSError:  # the next look may see it
-            return
-        for name in names:
-            if name in FILES:
-                self._heard.append(FILES[name])
-                (self._folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # of the file system; the next look may see more
+            for name in os.listdir(self._folder):
+                if name in FILES:
+                    self._heard.append(FILES[name])
+                    (self._folder / name).unlink(missing_ok=True)
 
     def ask(self, wish: Wish) -> None:
         """As if it had been heard from outside."""
