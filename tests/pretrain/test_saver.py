@@ -146,6 +146,17 @@ def test_too_many_failures_end_the_run(gloo: Callable, tmp_path: Path, data: Pat
     assert gloo(2, train_or_refusal, config) == [6, 6]
 
 
+def test_what_cannot_be_removed_costs_one_save(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """Something has the name of the hidden folder that a save at 2 would write into."""
+    config = tiny_config(tmp_path, data, "checkpoint.retries=0")
+    (config.run.folder / "checkpoints").mkdir(parents=True)
+    (config.run.folder / "checkpoints" / ".tmp-step-00000002").touch()
+    assert gloo(2, train_or_refusal, config) == [6, 6]
+    assert saved_steps(config) == [4, 6]
+    (failure,) = records(config, "save_failed")
+    assert "step-00000002 was not saved: File exists" in failure["reason"]
+
+
 def test_the_last_save_must_not_fail(gloo: Callable, tmp_path: Path, data: Path) -> None:
     config = tiny_config(tmp_path, data, "checkpoint.retries=1")
     for message in gloo(2, run_failing, config, 0, False, False, True):

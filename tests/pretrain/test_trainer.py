@@ -265,14 +265,10 @@ def test_what_evaluates_nothing_needs_no_heldout_text(gloo: Callable, tmp_path: 
     assert "has no heldout documents" in message
 
 
-@pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "tokenizer.model", ".config.toml.tmp", "checkpoints/.tmp-step-00000002"]
-)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.model", ".config.toml.tmp"])
 def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, data: Path, name: str) -> None:
     config = tiny_config(tmp_path, data, "checkpoint.retries=0")
-    in_the_way = config.run.folder / name
-    in_the_way.parent.mkdir(parents=True)
-    in_the_way.touch() if "/" in name else in_the_way.mkdir()
+    (config.run.folder / name).mkdir(parents=True)
     for message in gloo(2, train_or_refusal, config):
         assert str(config.run.folder) in message
 
