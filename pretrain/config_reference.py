@@ -117,7 +117,7 @@ def _entry(hint: Any) -> type | None:
     """The class of a table, or of the entries of a list of tables."""
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint)
-    return next((part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), None)  # type: ignore[misc]
+    return next((part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), None)  # type: ignore[return-value]
 
 
 def _meanings(cls: type) -> dict[str, str]:
