@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..data import TokenDataset, Tokenizer, check_tokenizer
 from ..errors import UserError
 from ..pretrain.config import Config
-from ..pretrain.memory import check_private
+from ..pretrain.memory import KEEP, check_private
 from ..pretrain.run_folder import check_unchanged
 from .findings import Finding
 from .network import gather
@@ -22,8 +22,8 @@ from .status import read_status
 
 # A network file system may show a new file to other machines some seconds late.
 VISIBLE_S = 10.0
-# Of what a rank holds: its own and its peer's, two that stay and one that is made.
-COPIES = 6
+# Of what a rank holds, and of what its peer does: those that stay, and one that is made.
+COPIES = 2 * (KEEP + 1)
 MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"}
 
 
