@@ -71,13 +71,15 @@ class GlooPool:
 
         `function` is a top-level function of any module; `args` and results are pickled. Inside, `torch.distributed`
         is initialised (rank, world size, a FileStore in a fresh folder) and is torn down afterwards.
-        Raises `WorkerError` when a rank raises, dies, or is not done after `timeout_s`; a worker that does not come
-        back is replaced, so the next call starts clean. The time begins when all ranks are in the group.
+        Raises `WorkerError` when a rank raises, dies (since the call before, too), or is not done after `timeout_s`; a
+        worker that does not come back is replaced, so the next call starts clean. The time begins when all ranks are in
+        the group.
         """
         if not 1 <= world_size <= MAX_WORKERS:
             raise ValueError(f"world_size={world_size} is outside 1..{MAX_WORKERS}")
         while len(self._workers) < world_size:
             self._workers.append(_start_worker())
+        self._check_alive()
         address = (function.__module__, sys.modules[function.__module__].__file__, function.__qualname__)
         payload = pickle.dumps(args)
         for _ in range(CONNECT_TRIES):
@@ -106,6 +108,13 @@ class GlooPool:
             worker.process.kill()
             worker.stop()
         self._workers.clear()
+
+    def _check_alive(self) -> None:
+        """Raises `WorkerError` where a worker has ended since the last call: another test did it, or what it left."""
+        ended = [rank for rank, worker in enumerate(self._workers) if worker.process.poll() is not None]
+        if ended:
+            codes = {rank: self._replace(rank) for rank in ended}
+            raise WorkerError(f"workers died after their last call (exit status by rank: {codes})")
 
     def _are_connected(self, world_size: int) -> bool:
         """Whether every rank says that it is in the group; if not, all are replaced."""

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,16 @@ def test_failures_name_the_rank_and_leave_the_pool_usable(gloo):
     assert len(gloo(2, _pid)) == 2
 
 
+def test_a_worker_that_dies_between_calls_fails_one_call(gloo: Callable) -> None:
+    victim = gloo(2, _pid)[1]
+    os.kill(victim, signal.SIGUSR1)
+    while Path(f"/proc/{victim}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    with pytest.raises(WorkerError, match=rf"exit status by rank: .*1: -{signal.SIGUSR1:d}"):
+        gloo(1, _pid)
+    assert victim not in gloo(2, _pid)
+
+
 def test_close_leaves_no_process():
     pool = GlooPool()
     pids = pool.run(2, _pid)
@@ -102,5 +114,5 @@ def threads_with_a_mesh(rows: int) -> int:
 
 
 def test_what_dtensor_keeps_does_not_keep_groups_of_earlier_calls(gloo: Callable) -> None:
-    counts = [max(gloo(2, threads_with_a_mesh, rows)) for rows in (2, 4, 6, 8)]
-    assert max(counts) <= counts[0], counts
+    new, *counts = [max(gloo(2, threads_with_a_mesh, rows)) for rows in (2, 4, 6, 8, 10)]
+    assert max(counts) <= counts[0], (new, counts)

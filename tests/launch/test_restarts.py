@@ -129,8 +129,10 @@ def test_a_signal_that_ranks_do_not_hear_yet_is_an_end_all_the_same(capsys: pyte
         os.kill(os.getpid(), signal.SIGUSR1)
         raise ChildFailedError("train", {0: failure(0, -signal.SIGUSR1), 1: failure(1, -signal.SIGTERM)})
 
-    with mock.patch.object(local, "elastic_launch", return_value=die):
+    # Nothing is really passed on: the children of this process are the gloo workers of other tests.
+    with mock.patch.object(local, "elastic_launch", return_value=die), mock.patch.object(local, "pass_on") as passed_on:
         assert run_again_and_again(["train"], 2, 2) == 1
+    assert passed_on.call_count == 1
     said = capsys.readouterr().err
     assert "rank 0 was ended by SIGUSR1" in said
     assert "started again" not in said
