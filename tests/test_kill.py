@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from fault_table import times
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from tiny import CONFIG, prepare_tiny
 
-KILLS = times(3, 200)
+KILLS = times(2, 200)
+OTHER_RANKS_KILLS = times(2, 40)
 
 
-def start(config: Path, name: str, ranks: int = 2) -> subprocess.Popen[bytes]:
+def start(config: Path, name: str, *overrides: str, ranks: int = 2) -> subprocess.Popen[bytes]:
     """A launcher and its ranks; what they say is in `<name>.log`."""
     command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", str(ranks), f"run.name={name}"]
+    command += overrides
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (config.parent / f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, stderr=log, env=environment)
@@ -54,18 +57,18 @@ def wait_for_a_moment(process: subprocess.Popen[bytes], folder: Path, generator:
     """Where the run is then: in a save, in a step, or somewhere in its start."""
     chance = generator.random()
     if chance < 0.2:
-        time.sleep(generator.uniform(0.0, 6.0))
+        until, before = time.monotonic() + generator.uniform(0.0, 6.0), steps_on_record(folder)
+        while time.monotonic() < until and steps_on_record(folder) <= before:
+            time.sleep(0.01)
         return "start"
-    before = steps_on_record(folder)
-    while process.poll() is None and steps_on_record(folder) <= before:
-        time.sleep(0.02)
-    if chance < 0.7:
-        while process.poll() is None and not list((folder / "checkpoints").glob(".tmp-step-*")):
-            time.sleep(0.0005)
-        time.sleep(generator.uniform(0.0, 0.02))
-        return "save"
-    time.sleep(generator.uniform(0.0, 0.7))
-    return "step"
+    what, steps = ("save", 1) if chance < 0.7 else ("step", generator.randint(1, 12))
+    wanted = steps_on_record(folder) + steps
+    while process.poll() is None and steps_on_record(folder) < wanted:
+        time.sleep(0.005)
+    while what == "save" and process.poll() is None and not list((folder / "checkpoints").glob(".tmp-step-*")):
+        time.sleep(0.0005)
+    time.sleep(generator.uniform(0.0, 0.02))
+    return what
 
 
 def losses(folder: Path) -> list[tuple[int, int, float]]:
@@ -130,26 +133,26 @@ def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path) -> None:
 @pytest.mark.fault(
     "kill -9 of all and the launcher, copies in memory", "the next start goes on from memory; the same bits"
 )
-def test_a_killed_run_goes_on_from_memory(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_from_memory(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     """The disk has nothing yet; copies, in a folder of the test's own, outlive all processes and go with the run."""
-    data = prepare_tiny(tmp_path)
-    config = tmp_path / "tiny.toml"
-    text = CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 40")
-    copies = f'every_steps = 0\nmemory_every_steps = 3\nmemory_folder = "{tmp_path}/memory"'
-    config.write_text(text.replace("every_steps = 2", copies))
-    assert start(config, "whole").wait(240) == 0, (tmp_path / "whole.log").read_text()
-    launcher, folder = start(config, "killed"), tmp_path / "killed"
+    config = whole(steps_for(KILLS))
+    keys = [
+        f"checkpoint.memory_folder={tmp_path}/memory",
+        "checkpoint.memory_every_steps=3",
+        "checkpoint.every_steps=0",
+    ]
+    launcher, folder = start(config, "from-memory", *keys), config.parent / "from-memory"
     while steps_on_record(folder) < 20:
         assert launcher.poll() is None
         time.sleep(0.002)
     kill_9(launcher, [*ranks_of(launcher), launcher.pid])
     assert list(folder.glob("checkpoints/step-*")) == []
-    assert start(config, "killed").wait(240) == 0, (tmp_path / "killed.log").read_text()
+    assert start(config, "from-memory", *keys).wait(240) == 0, folder.with_suffix(".log").read_text()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (resumed,) = [record for record in records if record["kind"] == "memory_resume"]
     assert resumed["from_peers"] == []
-    assert 12 <= resumed["step"] < 40
-    assert_same_bits(folder, tmp_path / "whole")
+    assert 12 <= resumed["step"] < steps_for(KILLS)
+    assert_same_bits(folder, config.parent / "whole")
     assert list((tmp_path / "memory").iterdir()) == []
 
 
@@ -158,41 +161,57 @@ def steps_on_record(folder: Path) -> int:
     return path.read_text().count('"kind": "train"') if path.exists() else 0
 
 
-def killed_and_whole(folder: Path, kills: int, sizes: list[int], record: Callable[[str, int], None]) -> list[Path]:
-    """The folders of a run killed so often, each start on as many ranks as `sizes` says in turn, and of a whole one."""
-    data = prepare_tiny(folder)
-    config = folder / "tiny.toml"
-    steps = 60 + 40 * kills
-    text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"')
-    config.write_text(text.replace("steps = 6", f"steps = {steps}").replace("every_steps = 2", "every_steps = 5"))
-    assert start(config, "whole").wait(300 + 5 * kills) == 0, (folder / "whole.log").read_text()
+def steps_for(kills: int) -> int:
+    """Of a run that is killed so often, and is not done before."""
+    return 40 + 30 * kills
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By number of steps: the configuration of runs of so many, in whose folder `whole` is one that nobody killed."""
+
+    @cache
+    def config_of(steps: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"whole-{steps}")
+        config, data = folder / "tiny.toml", prepare_tiny(folder)
+        text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"')
+        config.write_text(text.replace("steps = 6", f"steps = {steps}").replace("every_steps = 2", "every_steps = 5"))
+        assert start(config, "whole").wait(240 + steps // 5) == 0, (folder / "whole.log").read_text()
+        assert [step for step, _, _ in losses(folder / "whole")] == list(range(1, steps + 1))
+        return config
+
+    return config_of
+
+
+def kill_often(config: Path, name: str, kills: int, sizes: list[int], record: Callable[[str, int], None]) -> Path:
+    """The folder of a finished run killed so often, each start on as many ranks as `sizes` says in turn."""
     generator = random.Random(0)
-    moments = []
+    folder, moments = config.parent / name, []
     for number in range(kills):
-        process = start(config, "killed", sizes[number % len(sizes)])
-        moments.append(wait_for_a_moment(process, folder / "killed", generator))
+        process = start(config, name, ranks=sizes[number % len(sizes)])
+        moments.append(wait_for_a_moment(process, folder, generator))
         assert process.poll() is None, "the run ended before it was killed"
         kill(process, generator)
-    assert start(config, "killed").wait(300) == 0, (folder / "killed.log").read_text()
+    assert start(config, name).wait(300) == 0, folder.with_suffix(".log").read_text()
     print(f"killed {kills} times: {dict(Counter(moments))}")
     record("tried", kills)
-    assert [step for step, _, _ in losses(folder / "whole")] == list(range(1, steps + 1))
-    return [folder / "killed", folder / "whole"]
+    return folder
 
 
 @pytest.mark.fault("kill -9 of a rank, or of all and the launcher", "the next start goes on; the same bits")
 @pytest.mark.timeout(300 + 30 * KILLS)
-def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, record_property) -> None:  # type: ignore[no-untyped-def]
-    killed, whole = killed_and_whole(tmp_path, KILLS, [2], record_property)
-    assert_same_bits(killed, whole)
+def test_killed_runs_end_as_the_uninterrupted_one(whole: Callable[[int], Path], record_property: Callable) -> None:
+    config = whole(steps_for(KILLS))
+    assert_same_bits(kill_often(config, "killed", KILLS, [2], record_property), config.parent / "whole")
 
 
 @pytest.mark.fault(
     "kill -9, the next start on 1, 2 or 4 ranks", "goes on; no step lost or repeated, the same data; equal to rounding"
 )
-@pytest.mark.timeout(300 + 30 * KILLS)
-def test_killed_runs_go_on_on_other_numbers_of_ranks(tmp_path: Path, record_property) -> None:  # type: ignore[no-untyped-def]
-    killed, whole = killed_and_whole(tmp_path, times(2, 40), [4, 1, 2], record_property)
-    assert [row[:2] for row in losses(killed)] == [row[:2] for row in losses(whole)]
-    for (_, _, found), (_, _, expected) in zip(losses(killed), losses(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3)
+@pytest.mark.timeout(300 + 30 * OTHER_RANKS_KILLS)
+def test_killed_runs_go_on_on_other_numbers_of_ranks(whole: Callable[[int], Path], record_property: Callable) -> None:
+    config = whole(steps_for(OTHER_RANKS_KILLS))
+    killed = losses(kill_often(config, "other-ranks", OTHER_RANKS_KILLS, [4, 1, 2], record_property))
+    never = losses(config.parent / "whole")
+    assert [row[:2] for row in killed] == [row[:2] for row in never]
+    assert [row[2] for row in killed] == pytest.approx([row[2] for row in never], rel=1e-3)
