@@ -16,6 +16,25 @@ LOGS = "logs"
 # Longer than any partition's grace time between SIGTERM and the end of a preempted job.
 SLURMS_TURN_S = 1800
 LOOK_EVERY_S = 5
+MINUTE_S = 60
+# What the script says itself and depends on, and what would make several jobs of one run.
+OWN_OPTIONS = (
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "time",
+    "signal",
+    "requeue",
+    "no-requeue",
+    "array",
+)
+# Each may be set otherwise where the job is submitted: slurm passes the environment on.
+NCCL_SETTINGS = {
+    "NCCL_DEBUG": "WARN",  # what NCCL knows of an error stands in the rank's log
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a collective that fails or times out ends its process
+    "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that the flight recorder keeps, for logs/hang.txt
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +47,10 @@ class BatchConfig:
         tasks_per_node: processes on each node, where there are no GPUs.
         time: limit of one job, as slurm writes it; empty: the partition's.
         signal_ahead_s: so long before the limit the run is asked to save and stop, and is queued again.
-        crash_limit: starts in a row that end without a new step before the job gives up.
+        crash_limit: starts in a row that end without a new step before the job gives up, and jobs in a row that reach
+            their time limit so before the run does.
+        stall_minutes: so long without a new step, start, evaluations and saves included, before a start is killed and
+            followed by another; 0: never.
         options: further `#SBATCH` options as (name, value), such as `("partition", "gpu")`.
     """
 
@@ -38,6 +60,7 @@ class BatchConfig:
     time: str = ""
     signal_ahead_s: int = 180
     crash_limit: int = 3
+    stall_minutes: int = 60
     options: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -50,15 +73,33 @@ class BatchConfig:
         found = [
             f"--{name.replace('_', '-')}={getattr(self, name)} must be at least {least}"
             for name, least in (
-                ("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("signal_ahead_s", 1), ("crash_limit", 1)
+                ("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("signal_ahead_s", 1), ("crash_limit", 1),
+                ("stall_minutes", 0),
             )
             if getattr(self, name) < least
         ]  # fmt: skip
-        given = [("--time", "time", self.time), *((f"--sbatch {name}", name, value) for name, value in self.options)]
-        for flag, name, value in given:
+        limit_s = seconds(self.time)
+        if self.time and limit_s is None:
+            found.append(f"--time={self.time!r} is no time as slurm writes it: give minutes, h:mm:ss or d-hh:mm:ss")
+        elif limit_s is not None and self.signal_ahead_s >= limit_s:
+            found.append(f"--signal-ahead={self.signal_ahead_s} s must be below --time, {limit_s} s; set either")
+        for name, value in self.options:
             if not re.fullmatch(r"[a-z][a-z-]*", name) or (value and not ALLOWED.fullmatch(value)):
-                found.append(f"{flag}={value!r} may hold letters, digits and ._/@:+=,%- alone")
+                found.append(f"--sbatch {name}={value!r} may hold letters, digits and ._/@:+=,%- alone")
+            elif name in OWN_OPTIONS:
+                found.append(f"--sbatch {name}={value!r} goes against what the script itself asks for; leave it out")
         return found
+
+
+def seconds(time: str) -> int | None:
+    """Of a time limit as slurm writes it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`; None: it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], folder: Path) -> str:
@@ -66,9 +107,9 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
 
     Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
     itself is followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none had
-    come to before. After SIGTERM (preemption, `scancel`, a failed node) it leaves the queueing to slurm: slurm sends it
-    to the processes of the run alone, and looks at the job again some time later; a job that has ended by then is not
-    queued again.
+    come to before; one that makes no step for `stall_minutes` is killed. After SIGTERM (preemption, `scancel`, a failed
+    node) it leaves the queueing to slurm: slurm sends it to the processes of the run alone, and looks at the job again
+    some time later; a job that has ended by then is not queued again.
 
     Args:
         run: the run folder.
@@ -99,8 +140,17 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
         key: shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))
         for key, value in words.items()
     }
-    head = "\n".join(f"#SBATCH --{key}={value}" for key, value in options)
-    numbers = {"crash_limit": config.crash_limit, "slurms_turn_s": SLURMS_TURN_S, "look_every_s": LOOK_EVERY_S}
+    head = "\n".join(f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in options)
+    nccl = [f'export {name}="${{{name}:-{value}}}"' for name, value in NCCL_SETTINGS.items()]
+    numbers = {
+        "crash_limit": config.crash_limit,
+        "stall_s": MINUTE_S * config.stall_minutes,
+        "slurms_turn_s": SLURMS_TURN_S,
+        "look_every_s": LOOK_EVERY_S,
+        "logs_folder": LOGS,
+        "jobs": f"{LOGS}/jobs-without-a-step",
+        "settings": "\n".join(nccl) if config.gpus_per_node else "",
+    }
     return f"#!/bin/bash\n{head}\n#SBATCH --requeue\n" + SCRIPT.format(**quoted, **numbers)
 
 
@@ -108,15 +158,28 @@ SCRIPT = """
 set -u
 cd {folder} || exit 1
 run={run}
+{settings}
 status() {{ {python} status "$run" --json 2>/dev/null; }}
-step() {{ local n; n=$(status | sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
+step_in() {{ local n; n=$(sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
+step() {{ status | step_in; }}
 finished() {{ status | grep -q '"state": "finished"'; }}
 
-# An srun whose node was away for a moment waits for it long after the run has ended: such a step is cancelled.
-end_with_run() {{
-  local seen='' missed=0
+# An srun whose node was away for a moment waits for it long after the run has ended: such a step is cancelled, and so
+# is one that does nothing, whatever it waits for.
+watch_over() {{
+  local seen='' missed=0 told step last='' since=$SECONDS
   while sleep {look_every_s}; do
-    case $(status) in
+    told=$(status)
+    step=$(step_in <<<"$told")
+    if [ -n "$told" ] && [ "$step" != "$last" ]; then last=$step since=$SECONDS; fi
+    if [ {stall_s} -gt 0 ] && [ $((SECONDS - since)) -ge {stall_s} ]; then
+      echo "no new step for {stall_s} s: killed"
+      scancel --quiet --signal=KILL "$SLURM_JOB_ID.$1"
+      sleep {look_every_s}
+      kill -9 "$2" 2>/dev/null
+      return
+    fi
+    case $told in
       *'"state": "running"'*) seen=1 missed=0 ;;
       *'"state": '*) if [ -n "$seen" ]; then missed=$((missed + 1)); fi ;;  # no answer says nothing
     esac
@@ -131,21 +194,31 @@ end_with_run() {{
 }}
 
 asked='' ended=''
-trap 'asked=1; touch "$run/STOP"' USR1
+trap 'if [ ! -e "$run/STOP" ]; then asked=1; echo time limit >"$run/STOP"; fi' USR1  # the user was not first
 trap 'ended=1' TERM
+# Of a job before this one, if its start crashed ahead of obeying, or its node.
+if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
 
 crashes=0 number=-1 furthest=$(step)
+began=$furthest
 while ! finished; do
   rm -f "$run/STOPPED"
   srun --overlap --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
   srun=$! number=$((number + 1))
-  end_with_run $number $srun & watchdog=$!
+  watch_over $number $srun & watchdog=$!
   while wait $srun; result=$?; kill -0 $srun 2>/dev/null; do :; done  # a trap ends a wait
   kill $watchdog 2>/dev/null
   if [ -n "$ended" ]; then exit 143; fi
   if finished; then break; fi
   if [ -n "$asked" ]; then
-    echo "asked to stop ahead of the time limit after step $(step): queued again"
+    reached=$(step) jobs=0
+    if [ "$reached" -le "$began" ]; then jobs=$(($(cat "$run/{jobs}" 2>/dev/null || echo 0) + 1)); fi
+    mkdir -p "$run/{logs_folder}" && echo $jobs >"$run/{jobs}"
+    if [ $jobs -ge {crash_limit} ]; then
+      echo "$jobs jobs in a row came to their time limit without a new step: given up; raise --time"
+      exit 1
+    fi
+    echo "asked to stop ahead of the time limit after step $reached: queued again"
     exec scontrol requeue "$SLURM_JOB_ID"
   fi
   if grep -qs SIGTERM "$run/STOPPED"; then

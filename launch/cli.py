@@ -101,6 +101,7 @@ def _add_launch(subparsers) -> None:  # type: ignore[no-untyped-def]
     launch.add_argument("--time", default="", help="limit of one job, as 4:00:00 (default: the partition's)")
     launch.add_argument("--signal-ahead", type=int, default=180, metavar="S", help="save so long before the limit")
     launch.add_argument("--crash-limit", type=int, default=3, help="starts in a row without a new step")
+    launch.add_argument("--stall-minutes", type=int, default=60, metavar="M", help="no new step for so long is a crash")
     launch.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="as partition=gpu")
     launch.add_argument("--dry-run", action="store_true", help="print the script instead")
     _add_overrides(launch)

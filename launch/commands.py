@@ -117,6 +117,7 @@ def launch(options: argparse.Namespace) -> int:
         time=options.time,
         signal_ahead_s=options.signal_ahead,
         crash_limit=options.crash_limit,
+        stall_minutes=options.stall_minutes,
         options=further,
     )
     if problems := batch.problems():

@@ -12,7 +12,7 @@ import pytest
 
 from headrace.errors import UserError
 from headrace.launch import batch
-from headrace.launch.batch import BatchConfig, batch_script, submit, write_script
+from headrace.launch.batch import BatchConfig, batch_script, seconds, submit, write_script
 from headrace.launch.cli import main
 from tiny import CONFIG
 
@@ -54,6 +54,17 @@ if then == "end":  # rank 0 is gone, and srun waits for another node
     while not pathlib.Path("cancelled").exists():
         time.sleep(0.02)
     sys.exit(1)
+if then == "idle":  # it does nothing, and still has the run
+    pathlib.Path("then").write_text("0")
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not pathlib.Path("cancelled").exists():
+            time.sleep(0.02)
+    sys.exit(137)
+if then == "crash asked":
+    while not (run / "STOP").exists():
+        time.sleep(0.02)
+    sys.exit(9)
 if then == "away":  # for a while nobody can tell how the run is
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -72,7 +83,7 @@ SCONTROL = '#!/bin/bash\necho "$@" > requeued\n'
 SCANCEL = '#!/bin/bash\necho "$@" > cancelled\n'
 
 
-def start(folder: Path, steps: int | str, then: str, crash_limit: int = 3) -> subprocess.Popen[str]:
+def start(folder: Path, steps: int | str, then: str, **more: int) -> subprocess.Popen[str]:
     """The script in `folder`; `then` is a status of srun, or `wait`."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -83,7 +94,7 @@ def start(folder: Path, steps: int | str, then: str, crash_limit: int = 3) -> su
         (tools / name).chmod(0o755)
     (folder / "steps").write_text(str(steps))
     (folder / "then").write_text(then)
-    config = BatchConfig(nodes=2, time="1:00:00", crash_limit=crash_limit)
+    config = BatchConfig(nodes=2, time="1:00:00", **more)  # type: ignore[arg-type]
     command = ["headrace", "train", "my config.toml", "run.name=job"]
     path = folder / "job.sbatch"
     path.write_text(batch_script(config, Path("runs/job"), "job", command, folder))
@@ -115,6 +126,40 @@ def test_ahead_of_the_limit_it_saves_and_is_queued_again(tmp_path: Path) -> None
     job.send_signal(signal.SIGUSR1)
     assert "asked to stop ahead of the time limit after step 4: queued again" in job.communicate(timeout=60)[0]
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+@pytest.mark.fault("a crash between slurm's signal and the stop it asks for", "the job is queued again and goes on")
+def test_the_next_job_does_not_obey_what_this_one_was_told(tmp_path: Path) -> None:
+    job = start(tmp_path, steps="4 6", then="crash asked")
+    wait_for(tmp_path / "starts")
+    job.send_signal(signal.SIGUSR1)
+    assert "asked to stop ahead of the time limit after step 4: queued again" in job.communicate(timeout=60)[0]
+    again = start(tmp_path, steps="4 6", then="0")
+    assert again.communicate(timeout=60)[0] == "finished after step 10\n"
+
+
+def test_a_stop_of_the_users_comes_before_the_time_limit(tmp_path: Path) -> None:
+    job = start(tmp_path, steps="4 2", then="crash asked")
+    wait_for(tmp_path / "starts")
+    (tmp_path / "runs" / "job" / "STOP").touch()
+    (tmp_path / "then").write_text("wait")
+    job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=60)[0].splitlines()
+    assert told[-1].startswith("stopped after step")
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_jobs_that_come_to_their_limit_without_a_step_end(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "starts").unlink(missing_ok=True)
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        job = start(tmp_path, steps=2 if number == 0 else 0, then="wait", crash_limit=2)
+        wait_for(tmp_path / "starts")
+        job.send_signal(signal.SIGUSR1)
+        told = job.communicate(timeout=60)[0]
+        assert (tmp_path / "requeued").exists() == (number < 2)
+    assert "2 jobs in a row came to their time limit without a new step: given up; raise --time" in told
+    assert job.returncode == 1
 
 
 def test_a_stop_of_the_users_is_no_crash(tmp_path: Path) -> None:
@@ -194,6 +239,17 @@ def test_a_step_that_outlives_its_run_is_cancelled(tmp_path: Path, monkeypatch: 
     assert told.endswith("finished after step 10\n")
 
 
+@pytest.mark.fault("a batch job's start that does nothing, start-up included", "killed and started again")
+def test_a_start_that_makes_no_step_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "LOOK_EVERY_S", 0.3)
+    monkeypatch.setattr(batch, "MINUTE_S", 2)
+    job = start(tmp_path, steps=5, then="idle", stall_minutes=1)
+    told = job.communicate(timeout=60)[0]
+    assert "no new step for 2 s: killed" in told
+    assert (tmp_path / "cancelled").read_text() == "--quiet --signal=KILL 77.0\n"
+    assert told.endswith("finished after step 10\n")
+
+
 def test_a_run_that_cannot_be_looked_at_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "LOOK_EVERY_S", 0.3)
     job = start(tmp_path, steps=5, then="away")
@@ -209,6 +265,8 @@ def test_a_run_that_cannot_be_looked_at_has_not_ended(tmp_path: Path, monkeypatc
         ((("comment", "$(touch x)"),), "--sbatch comment="),
         ((("account", 'a"b'),), "--sbatch account="),
         ((("Bad name", "x"),), "--sbatch Bad name="),
+        ((("array", "0-3"),), "--sbatch array="),
+        ((("signal", "USR2"),), "--sbatch signal="),
     ],
 )
 def test_values_that_a_shell_might_read_are_refused(options: tuple, message: str) -> None:
@@ -225,6 +283,33 @@ def test_numbers_out_of_range_are_all_named() -> None:
         "--crash-limit",
         "--time",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 5400), ("90:30", 5430), ("1:00:00", 3600), ("2-1", 176400), ("1-0:30", 88200), ("1-02:03:04", 93784)]
+    + [(text, None) for text in ("", "x", "1:2:3:4", "1h", "-1", "1-", "1\n2")],
+)
+def test_times_as_slurm_writes_them(text: str, expected: int | None) -> None:
+    assert seconds(text) == expected
+
+
+def test_a_signal_that_is_not_ahead_of_the_limit() -> None:
+    assert BatchConfig(time="4").problems() == []
+    (problem,) = BatchConfig(time="3").problems()
+    assert problem == "--signal-ahead=180 s must be below --time, 180 s; set either"
+
+
+def test_settings_of_nccl_are_there_where_there_are_gpus(tmp_path: Path) -> None:
+    with_gpus, without = (
+        batch_script(
+            BatchConfig(gpus_per_node=gpus, options=(("exclusive", ""),)), Path("runs/job"), "job", ["x"], tmp_path
+        )
+        for gpus in (8, 0)
+    )
+    assert 'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"\n' in with_gpus
+    assert "NCCL" not in without
+    assert "#SBATCH --exclusive\n" in without
 
 
 def test_a_folder_slurm_cannot_name(tmp_path: Path) -> None:
