@@ -105,11 +105,12 @@ def seconds(time: str) -> int | None:
 def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], folder: Path) -> str:
     """The text of a batch script that starts `command` as one task a process, again and again until the run is done.
 
-    Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again. A start that ends by
-    itself is followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none had
-    come to before; one that makes no step for `stall_minutes` is killed. After SIGTERM (preemption, `scancel`, a failed
-    node) it leaves the queueing to slurm: slurm sends it to the processes of the run alone, and looks at the job again
-    some time later; a job that has ended by then is not queued again.
+    Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again; what has not stopped
+    shortly before the limit, such as a start that is still loading, is killed first. A start that ends by itself is
+    followed by another, in the same job, unless `crash_limit` of them in a row came to no step that none had come to
+    before; one that makes no step for `stall_minutes` is killed. After SIGTERM (preemption, `scancel`, a failed node)
+    it leaves the queueing to slurm: slurm sends it to the processes of the run alone, and looks at the job again some
+    time later; a job that has ended by then is not queued again.
 
     Args:
         run: the run folder.
@@ -144,6 +145,7 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
     nccl = [f'export {name}="${{{name}:-{value}}}"' for name, value in NCCL_SETTINGS.items()]
     numbers = {
         "crash_limit": config.crash_limit,
+        "late_s": config.signal_ahead_s - min(20, config.signal_ahead_s // 4),
         "stall_s": MINUTE_S * config.stall_minutes,
         "slurms_turn_s": SLURMS_TURN_S,
         "look_every_s": LOOK_EVERY_S,
@@ -159,6 +161,7 @@ set -u
 cd {folder} || exit 1
 run={run}
 {settings}
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi  # srun asks by itself
 status() {{ {python} status "$run" --json 2>/dev/null; }}
 step_in() {{ local n; n=$(sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
 step() {{ status | step_in; }}
@@ -193,21 +196,28 @@ watch_over() {{
   done
 }}
 
-asked='' ended=''
-trap 'if [ ! -e "$run/STOP" ]; then asked=1; echo time limit >"$run/STOP"; fi' USR1  # the user was not first
+asked='' ended='' alarm=''
+tell_time() {{
+  if [ -e "$run/STOP" ]; then return; fi  # the user was first
+  asked=1
+  echo time limit >"$run/STOP"
+  {{ sleep {late_s}; kill -USR2 $$; }} >/dev/null 2>&1 & alarm=$!
+}}
+trap tell_time USR1
+trap 'echo "not stopped in time: killed"; scancel --quiet --signal=KILL "$SLURM_JOB_ID.$number"' USR2
 trap 'ended=1' TERM
 # Of a job before this one, if its start crashed ahead of obeying, or its node.
 if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
 
 crashes=0 number=-1 furthest=$(step)
 began=$furthest
-while ! finished; do
+while :; do
   rm -f "$run/STOPPED"
   srun --overlap --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
   srun=$! number=$((number + 1))
   watch_over $number $srun & watchdog=$!
   while wait $srun; result=$?; kill -0 $srun 2>/dev/null; do :; done  # a trap ends a wait
-  kill $watchdog 2>/dev/null
+  kill $watchdog $alarm 2>/dev/null
   if [ -n "$ended" ]; then exit 143; fi
   if finished; then break; fi
   if [ -n "$asked" ]; then
@@ -219,7 +229,8 @@ while ! finished; do
       exit 1
     fi
     echo "asked to stop ahead of the time limit after step $reached: queued again"
-    exec scontrol requeue "$SLURM_JOB_ID"
+    for pause in 1 5 10; do scontrol requeue "$SLURM_JOB_ID" && exit 0; sleep $pause; done
+    exit 1
   fi
   if grep -qs SIGTERM "$run/STOPPED"; then
     echo "ended by SIGTERM after step $(step): what follows is slurm's"
@@ -235,6 +246,8 @@ while ! finished; do
     echo "$crashes starts in a row ended without a new step: given up; the ranks' logs are beside this one"
     exit 1
   fi
+  if [ $crashes -gt 0 ]; then sleep $((2 ** crashes < 60 ? 2 ** crashes : 60)) & wait $!; fi  # what is wrong may pass
+  if [ -n "$ended" ]; then exit 143; fi
 done
 rm -f "$run/STOP"
 echo "finished after step $(step)"
@@ -243,7 +256,8 @@ echo "finished after step $(step)"
 
 def write_script(text: str, run: Path) -> Path:
     """The script in its run folder, readable by its owner alone."""
-    (run / LOGS).mkdir(parents=True, exist_ok=True)
+    run.mkdir(mode=0o755, parents=True, exist_ok=True)
+    (run / LOGS).mkdir(exist_ok=True)
     path = run / "job.sbatch"
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

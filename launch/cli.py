@@ -4,14 +4,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import MachineError, UserError, is_machines
 from . import commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a defect of ours, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Run one command.
+
+    Returns the exit status: 0; 1 for a defect of ours or a machine's; 2 for a mistake of the user's; 130 for Ctrl-C.
+    """
+    if not isinstance(sys.stderr, Lossy):
+        sys.stderr = Lossy(sys.stderr)
     options = parse(arguments)
     try:
         status = options.run(options)
@@ -20,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"headrace: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         if "RANK" not in os.environ:  # the launcher speaks for its processes
             print("headrace: interrupted", file=sys.stderr)
@@ -31,7 +38,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         print(f"headrace: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return MachineError.status if is_machines(error) else UserError.status
+
+
+class Lossy:
+    """A text stream that may lose what it is given, and nothing else: its disk may be full, its reader gone.
+
+    Training is not to end for a line that cannot be shown.
+
+    Args:
+        stream: where lines go.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of a file; never raises for what the system says."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As of a file; never raises for what the system says."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

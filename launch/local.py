@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ PR_SET_PDEATHSIG = 1
 
 
 # A mistake of the user's: the next start would make it again.
-USER_ERROR = 2
+USER_ERROR = UserError.status
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def check_nproc(nproc: int, restarts: int = 0) -> None:
 def run_again_and_again(arguments: Sequence[str], nproc: int, restarts: int) -> int:
     """`run_processes`, and again after a crash or a hang, unless it ended so `restarts` times without a new step.
 
+    After a start without a new step the next waits, 2 s and then twice as long each time, a minute at most.
+
     A step is new when no start before has come so far: what is computed a second time is no way forward. Nothing is
     started again after a mistake of the user's, or where a signal asked for the end.
 
@@ -69,6 +73,8 @@ def run_again_and_again(arguments: Sequence[str], nproc: int, restarts: int) -> 
         if in_vain >= restarts:
             print(f"headrace: error: {in_vain} starts without a new step: given up", file=sys.stderr, flush=True)
             return ended.status
+        if in_vain:  # what is wrong may pass: a disk, a file system that is away
+            time.sleep(min(FIRST_PAUSE_S * 2 ** (in_vain - 1), LONGEST_PAUSE_S))
         tries = f"; {in_vain} of {restarts} without a new step" if in_vain else ""
         print(f"headrace: started again from the newest checkpoint{tries}", file=sys.stderr, flush=True)
 
@@ -108,7 +114,10 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         asked.append(number)  # ranks that are not yet listening die of it
         pass_on(number, frame)
 
-    # torchrun's machinery passes SIGTERM on, and waits for its effect
+    # torchrun's machinery passes these on, and waits for their effect; under nohup it must not listen to SIGHUP.
+    passed_on = ["SIGTERM", "SIGINT", "SIGQUIT"]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        passed_on.append("SIGHUP")
     before = signal.signal(signal.SIGUSR1, pass_on_and_note)
     beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
@@ -122,6 +131,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle=",".join(passed_on),
     )
     try:
         elastic_launch(launch, sys.executable)("-m", "headrace", *arguments)

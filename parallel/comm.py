@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import MachineError, UserError, is_machines
 from .layout import SequenceLayout
 
 T = TypeVar("T")
@@ -49,16 +49,18 @@ def do_together(action: Callable[[], T]) -> T:
 
     Raises:
         UserError: the message of the lowest rank that met one, or could not read or write a file.
+        MachineError: the same, where that was one or its disk failed.
     """
     error: Exception | None = None
     try:
         result = action()
     except (UserError, OSError) as met:
         error = met
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, str(error) if error else None)
-    if first := next(filter(None, messages), None):
-        raise UserError(first, everywhere=True) from error
+    met_by_rank: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(met_by_rank, (str(error), is_machines(error)) if error else None)
+    if first := next(filter(None, met_by_rank), None):
+        kind = MachineError if first[1] else UserError
+        raise kind(first[0], everywhere=True) from error
     return result
 
 

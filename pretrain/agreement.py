@@ -45,6 +45,23 @@ def check_agreement(config: Config, world: World) -> None:
     raise UserError("; ".join(_differences(keys, everyone, texts)), everywhere=True)
 
 
+def check_same_data(fingerprint: str, config: Config, world: World) -> None:
+    """Compare the data that every process opened with what rank 0 opened. Collective over all processes.
+
+    Raises:
+        UserError: on every process, naming the ranks that have other data.
+    """
+    everyone: list[tuple[str, str]] = [("", "")] * world.size
+    dist.all_gather_object(everyone, (fingerprint, platform.node()))
+    if others := {rank: host for rank, (found, host) in enumerate(everyone) if found != everyone[0][0]}:
+        verb = "has" if len(others) == 1 else "have"
+        raise UserError(
+            f"{name_ranks(others)} {verb} other data in {config.data.folder} than rank 0 (by the fingerprint of its "
+            "manifest); give all machines the same",
+            everywhere=True,
+        )
+
+
 def _differences(keys: list[str], everyone: list[dict[str, str]], texts: list[str]) -> list[str]:
     """A clause for each thing that differs and each other form it takes, the configuration last with its remedy."""
     clauses = []

@@ -39,7 +39,7 @@ class AlertConfig:
         timeout_s: after which a command is ended, and a webhook given up.
         repeat_s: alerts of one kind within this time of the last are counted and not sent.
         checkpoint_age_s: of training since the newest checkpoint, for `old_checkpoint`; 0: never.
-        crash_loop: starts in a row without a new step, for `crash_loop`.
+        crash_loop: starts in a row without a new step, for `crash_loop`, told by the next: below the launcher's limit.
         low_disk_saves: for `low_disk`, checkpoints for which there must be room.
     """
 
@@ -48,7 +48,7 @@ class AlertConfig:
     timeout_s: float = 10.0
     repeat_s: float = 600.0
     checkpoint_age_s: float = 0.0
-    crash_loop: int = 3
+    crash_loop: int = 2
     low_disk_saves: int = 2
 
     def problems(self) -> list[str]:

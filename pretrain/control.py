@@ -27,11 +27,12 @@ class Wish(IntFlag):
     SIGUSR1 = 16
     PROFILE = 32
     PERIODIC_SAVE = 64
+    SIGHUP = 128
 
     @property
     def stops(self) -> bool:
         """Whether the run is to save and stop."""
-        return bool(self & (Wish.STOP | Wish.SIGTERM | Wish.SIGUSR1))
+        return bool(self & (Wish.STOP | Wish.SIGTERM | Wish.SIGUSR1 | Wish.SIGHUP))
 
     @property
     def saves(self) -> bool:
@@ -41,12 +42,12 @@ class Wish(IntFlag):
     @property
     def reason(self) -> str:
         """Why it stops, in words."""
-        words = {Wish.STOP: "the file STOP", Wish.SIGTERM: "SIGTERM", Wish.SIGUSR1: "SIGUSR1"}
+        words = {wish: number.name for number, wish in SIGNALS.items()} | {Wish.STOP: "the file STOP"}
         return " and ".join(text for wish, text in words.items() if self & wish)
 
 
 FILES = {"CHECKPOINT_NOW": Wish.SAVE, "EVAL_NOW": Wish.EVALUATE, "PROFILE": Wish.PROFILE, "STOP": Wish.STOP}
-SIGNALS = {signal.SIGTERM: Wish.SIGTERM, signal.SIGUSR1: Wish.SIGUSR1}
+SIGNALS = {signal.SIGTERM: Wish.SIGTERM, signal.SIGUSR1: Wish.SIGUSR1, signal.SIGHUP: Wish.SIGHUP}
 
 
 class Control:
@@ -68,7 +69,8 @@ class Control:
 
     def __enter__(self) -> "Control":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(

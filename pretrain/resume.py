@@ -128,7 +128,7 @@ def resume_training(
     """
     filled: set[str] = set()
     while True:
-        checkpoint = _first_says(lambda: _newest(folder, before), rank)
+        checkpoint = first_says(lambda: _newest(folder, before), rank)
         if in_memory is not None and (kept := in_memory(_step_of(checkpoint))) is not None:
             return _go_on_from_memory(kept)
         if checkpoint is None:
@@ -136,7 +136,7 @@ def resume_training(
         try:
             return _go_on_from(checkpoint, tensors, facts, rank, fresh_optimizer, filled)
         except CheckpointDamagedError as damaged:
-            good = _first_says(partial(previous_whole, checkpoint), rank)
+            good = first_says(partial(previous_whole, checkpoint), rank)
             kept = in_memory(_step_of(good)) if in_memory is not None else None
             instead = f"the copies in memory of step {kept.step}" if kept else good
             _fall_back(checkpoint, damaged, instead, rank)
@@ -234,10 +234,10 @@ def _fall_back(checkpoint: Path, damaged: CheckpointDamagedError, instead: Path 
         aside = set_aside(checkpoint)
         logger.warning("%s; it is kept as %s, and the run goes on from %s", damaged.damage, aside.name, instead)
 
-    _first_says(act, rank)
+    first_says(act, rank)
 
 
-def _first_says(action: Callable[[], T], rank: int) -> T:
+def first_says(action: Callable[[], T], rank: int) -> T:
     """What `action` returns on rank 0, or the error it met, on every process. Collective."""
     said = [do_together(lambda: action() if rank == 0 else None)]
     dist.broadcast_object_list(said, src=0)

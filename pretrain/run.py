@@ -15,7 +15,7 @@ from ..parallel.comm import do_together
 from ..parallel.copies import CopyCheck
 from ..parallel.mesh import Mesh, World, build_mesh
 from ..parallel.pulse import Pulse
-from .agreement import check_agreement
+from .agreement import check_agreement, check_same_data
 from .alerts import Alerts
 from .average import WeightAverage
 from .build import build_engine, build_stage, choose_kernels, parameter_bytes
@@ -26,7 +26,7 @@ from .memory_run import open_memory, report_copies, search_memory, tell_resumed
 from .metrics import Metrics
 from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
 from .profile import StepProfiler
-from .resume import Facts, Progress, resume_training, take_snapshot, training_tensors
+from .resume import Facts, Progress, first_says, resume_training, take_snapshot, training_tensors
 from .run_clock import RunClock
 from .run_folder import RunFolder, cut_metrics, open_run_folder, replace_file, write_record
 from .saver import Saver
@@ -173,6 +173,7 @@ def build_run(config: Config, world: World) -> Run:
     check_agreement(config, world)
     mesh = build_mesh(config.parallel, world)
     data = do_together(lambda: open_data(config))
+    check_same_data(data[0].dataset.fingerprint, config, world)
     folder = do_together(lambda: open_run_folder(config) if world.is_first else None)
     clock = None
     try:
@@ -208,7 +209,7 @@ def fill_run(
     layout = mesh.degrees | ({"ep": mesh.size("ep")} if mesh.size("ep") > 1 else {})
     memory = open_memory(config, layout, tensors, facts, clock)
     progress = resume_run(config, tensors, facts, memory)
-    do_together(lambda: leave_out_rows(config, progress))
+    leave_out_rows(config, progress, world)
     kernels = choose_kernels(config, world.device)
     updated_by = optimizer_facts(config, optimizers, mesh, world.device)
     record = {
@@ -264,14 +265,17 @@ def open_guard(config: Config, progress: Progress, device: torch.device) -> Spik
     return guard
 
 
-def leave_out_rows(config: Config, progress: Progress) -> None:
-    """Have `progress` know of the rows that were left out since its checkpoint; without one there are none.
+def leave_out_rows(config: Config, progress: Progress, world: World) -> None:
+    """Have `progress` know of the rows that were left out since its checkpoint; without one there are none. Collective.
+
+    Rank 0 reads: what others see of a shared folder may be older, and all must leave out the same.
 
     Raises:
-        UserError: as `read_skipped`.
+        UserError: as `read_skipped`, on every process.
     """
     if progress.step:
-        skipped = read_skipped(skipped_rows_file(config), SkippedRows.read(progress.skipped_rows))
+        path, saved = skipped_rows_file(config), SkippedRows.read(progress.skipped_rows)
+        skipped = first_says(lambda: read_skipped(path, saved), world.rank)
         progress.skipped_rows = [list(stretch) for stretch in skipped.stretches]
         progress.next_row = skipped.following(progress.next_row)
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import subprocess
 import sys
 import time
@@ -70,7 +71,9 @@ def open_run_folder(config: Config) -> RunFolder:
     """
     path = config.run.folder
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.stat().st_mode & stat.S_IWOTH:
+            raise UserError(f"run folder {path} may be written to by everyone; chmod o-w {path}")
         lock = (path / ".lock").open("a+")
         lock_exclusively(lock)
         lock.truncate(0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import MachineError, UserError
 from ..parallel.comm import do_together
 from .alerts import Alerts
 from .checkpoint import CheckpointError, CheckpointWriteError, HostCopy, save_checkpoint
@@ -109,14 +109,14 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._exchange: tuple[torch.Tensor, dist.Work] | None = None
         self._copy: HostCopy | None = None
-        self._group: dist.ProcessGroup | None = None
         self._interval = None
         if config.time_share and metrics is not None:
             self._interval = SaveInterval(config.time_share, config.failure_every_s)
         if config.asynchronous and config.is_periodic:
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._copy = do_together(lambda: HostCopy(tensors, processes_here))
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+        # For saves that all wait for, too: disks may be slower than collectives of training are allowed to be.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
 
     def is_due(self) -> bool:
         """Whether it is time for a periodic save, on the process that reports where time says so; not collective.
@@ -230,7 +230,7 @@ class Saver:
             rank_tensors=snapshot.random_states,
             keep_last=self._config.keep_last,
             staged=staged,
-            group=None if staged is None else self._group,
+            group=self._group,
         )
 
     def _report_failures(self, job: Job) -> None:
@@ -261,7 +261,7 @@ class Saver:
             return
         if isinstance(job.error, CheckpointError):
             times = f" ({self._failed_in_a_row} saves in a row failed)" if self._failed_in_a_row > 1 else ""
-            raise UserError(f"{job.error}{times}", everywhere=True) from job.error
+            raise (MachineError if of_disk else UserError)(f"{job.error}{times}", everywhere=True) from job.error
         raise job.error
 
 

@@ -236,7 +236,8 @@ def check_finite(config: Config, progress: Progress, skipped_in_a_row: int) -> N
     if skipped_in_a_row >= config.train.nonfinite_limit:
         raise UserError(
             f"{skipped_in_a_row} updates in a row up to step {progress.step} had a non-finite gradient and were "
-            f"skipped; lower optimizer.lr or train.clip_norm under another run.name (this run: {config.run.folder})"
+            f"skipped; lower optimizer.lr or train.clip_norm under another run.name (this run: {config.run.folder})",
+            everywhere=True,
         )
 
 

@@ -1,6 +1,8 @@
 """A copy of a rank's tensors in host memory, so that training goes on while they are written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -8,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from ...errors import UserError
 
 MEMORY = "/proc/meminfo"
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class HostCopy:
@@ -70,13 +73,36 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this machine could still give; None where that is not known (not Linux)."""
+    """Bytes of memory that this process could still get; None where that is not known (not Linux).
+
+    What the machine has free, or less where a cgroup, as slurm makes one for each job, allows less.
+    """
     try:
         with open(MEMORY) as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return min([int(fields["MemAvailable"].split()[0]) * 1024, *cgroup_room()])
     except (OSError, KeyError, ValueError):
         return None
+
+
+def cgroup_room() -> Iterator[int]:
+    """Bytes that each cgroup above this process could still take, file cache that can go not counted."""
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, most, used = CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, most, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            with suppress(OSError, KeyError, ValueError):  # the root has no limit, and one that says `max` has none
+                stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                taken = int((group / used).read_text()) - int(stat["inactive_file"])
+                yield max(0, int((group / most).read_text()) - taken)
 
 
 def _check_memory(num_bytes: int, needed_by: tuple[str, str]) -> None:

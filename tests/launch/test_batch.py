@@ -61,6 +61,10 @@ if then == "idle":  # it does nothing, and still has the run
         while not pathlib.Path("cancelled").exists():
             time.sleep(0.02)
     sys.exit(137)
+if then == "deaf":
+    while not pathlib.Path("cancelled").exists():
+        time.sleep(0.02)
+    sys.exit(137)
 if then == "crash asked":
     while not (run / "STOP").exists():
         time.sleep(0.02)
@@ -117,7 +121,30 @@ def test_a_run_that_finishes(tmp_path: Path) -> None:
     assert command.endswith("headrace train my config.toml run.name=job")
     again = start(tmp_path, steps=10, then="0")
     assert again.communicate(timeout=60)[0] == "finished after step 10\n"
-    assert len((tmp_path / "starts").read_text().splitlines()) == 1  # nothing was started
+    assert len((tmp_path / "starts").read_text().splitlines()) == 2  # it may have more steps to go by now
+
+
+def test_a_run_with_more_steps_than_it_had_goes_on(tmp_path: Path) -> None:
+    """What is on record says finished, and the command asks for more."""
+    run = tmp_path / "runs" / "job"
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
+    (run / "config.toml").write_text("[train]\nsteps = 4\n")
+    (run / "metrics.jsonl").write_text(
+        "".join(f'{{"kind": "train", "step": {n}, "tokens": 1}}\n' for n in (1, 2, 3, 4))
+    )
+    assert start(tmp_path, steps=6, then="0").communicate(timeout=60)[0] == "finished after step 10\n"
+
+
+@pytest.mark.fault("a batch job's start that does not stop ahead of the limit", "killed just before it; queued again")
+def test_what_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=4, then="deaf", signal_ahead_s=2)
+    wait_for(tmp_path / "starts")
+    job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=60)[0].splitlines()
+    assert told[0] == "not stopped in time: killed"
+    assert told[1].endswith("after step 4: queued again")
+    assert (tmp_path / "requeued").exists()
 
 
 def test_ahead_of_the_limit_it_saves_and_is_queued_again(tmp_path: Path) -> None:

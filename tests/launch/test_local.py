@@ -19,11 +19,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def start_training(folder: Path, data: Path) -> subprocess.Popen[str]:
-    """A launcher in a process group of its own, whose two ranks have begun to train."""
+def start_training(folder: Path, data: Path, *before: str) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own, whose two ranks have begun to train; `before`, as nohup."""
     config = folder / "tiny.toml"
     config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
-    command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2", "train.steps=99999"]
+    command = [*before, sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2", "train.steps=99999"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     metrics = folder / "tiny" / "metrics.jsonl"
@@ -38,6 +38,7 @@ def start_training(folder: Path, data: Path) -> subprocess.Popen[str]:
     [
         ("group", signal.SIGINT, 130, "headrace: interrupted"),
         ("launcher", signal.SIGTERM, 143, "headrace: ended by SIGTERM"),
+        ("group", signal.SIGHUP, 129, "headrace: ended by SIGHUP"),
         ("rank", signal.SIGKILL, 1, "headrace: error: rank 1 was ended by SIGKILL; the system does that"),
         ("rank", signal.SIGSEGV, 1, "headrace: error: rank 1 was ended by SIGSEGV; "),
     ],
@@ -62,6 +63,19 @@ def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Si
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     last = json.loads((tmp_path / "tiny" / "starts.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "end"  # rank 0 was let finish
+
+
+def test_under_nohup_it_outlives_its_terminal(tmp_path: Path, data: Path) -> None:
+    launcher = start_training(tmp_path, data, "nohup")
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    os.killpg(launcher.pid, signal.SIGHUP)
+    before = len(metrics.read_text().splitlines())
+    while len(metrics.read_text().splitlines()) < before + 20:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.terminate()
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 143
 
 
 def test_a_launcher_does_not_mark_its_own_process() -> None:

@@ -105,21 +105,36 @@ def test_what_ranks_meet_because_one_was_killed_is_no_mistake(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("endings", "status", "starts"),
+    ("endings", "status", "starts", "pauses"),
     [
-        ([Ending(1, 7), Ending(0)], 0, 2),
-        ([Ending(2, 7)], 2, 1),
-        ([Ending(143, 7, asked=True)], 143, 1),
-        ([Ending(1, 7), Ending(1, 7), Ending(1, 5)], 1, 3),  # two in vain, after one with new steps
-        ([Ending(1, None), Ending(1, None)], 1, 2),
-        ([Ending(1, 7), Ending(1, 6), Ending(1, 8), Ending(1, None), Ending(0)], 0, 5),
+        ([Ending(1, 7), Ending(0)], 0, 2, []),
+        ([Ending(2, 7)], 2, 1, []),
+        ([Ending(143, 7, asked=True)], 143, 1, []),
+        ([Ending(1, 7), Ending(1, 7), Ending(1, 5)], 1, 3, [2.0]),  # two in vain, after one with new steps
+        ([Ending(1, None), Ending(1, None)], 1, 2, [2.0]),
+        ([Ending(1, 7), Ending(1, 6), Ending(1, 8), Ending(1, None), Ending(0)], 0, 5, [2.0, 2.0]),
     ],
 )
-def test_when_it_is_given_up(endings: list[Ending], status: int, starts: int, capsys: pytest.CaptureFixture) -> None:
-    with mock.patch.object(local, "run_processes", side_effect=endings) as run:
+def test_when_it_is_given_up(
+    endings: list[Ending], status: int, starts: int, pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        mock.patch.object(local, "run_processes", side_effect=endings) as run,
+        mock.patch.object(local.time, "sleep") as sleep,
+    ):
         assert run_again_and_again(["train"], 2, 2) == status
     assert run.call_count == starts
+    assert [call.args[0] for call in sleep.call_args_list] == pauses
     assert ("given up" in capsys.readouterr().err) == (status == 1)
+
+
+def test_starts_in_vain_are_further_and_further_apart() -> None:
+    with (
+        mock.patch.object(local, "run_processes", return_value=Ending(1)),
+        mock.patch.object(local.time, "sleep") as sleep,
+    ):
+        assert run_again_and_again(["train"], 2, 9) == 1
+    assert [call.args[0] for call in sleep.call_args_list] == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
 
 
 def test_a_signal_that_ranks_do_not_hear_yet_is_an_end_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from headrace.errors import UserError
 from headrace.parallel.mesh import World
 from headrace.pretrain import agreement, source
-from headrace.pretrain.agreement import check_agreement
+from headrace.pretrain.agreement import check_agreement, check_same_data
 from headrace.pretrain.config import Config
+from headrace.pretrain.resume import Progress
+from headrace.pretrain.run import leave_out_rows, skipped_rows_file
 from headrace.pretrain.source import source_hash
-from tiny import tiny_config
+from tiny import this_world, tiny_config
 
 
 def refusal(configs: list[Config], sources: list[str], torches: list[str] | None = None) -> str:
@@ -86,3 +88,36 @@ def test_the_hash_covers_the_package_and_is_quick(tmp_path: Path, monkeypatch: p
     assert source_hash() == before
     (tmp_path / "a" / "b" / "c.py").write_text("z")
     assert source_hash() != before
+
+
+def data_refusal(config: Config, fingerprints: list[str]) -> str:
+    try:
+        check_same_data(fingerprints[dist.get_rank()], config, this_world())
+    except UserError as error:
+        return str(error) if error.everywhere else "every rank would print its own"
+    return ""
+
+
+@pytest.mark.fault("other data on the disk of one machine", "refused; rank named")
+def test_other_data_is_named_by_rank(gloo: Callable, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path)
+    assert gloo(2, data_refusal, config, ["a", "a"]) == [""] * 2
+    (message, *others) = gloo(3, data_refusal, config, ["a", "b", "a"])
+    assert others == [message] * 2
+    assert message.startswith("rank 1 (")
+    assert f"has other data in {tmp_path} than rank 0" in message
+
+
+def rows_left_out(configs: list[Config]) -> tuple[list[list[int]], int]:
+    progress = Progress(step=3, next_row=12)
+    leave_out_rows(configs[dist.get_rank()], progress, this_world())
+    return progress.skipped_rows, progress.next_row
+
+
+@pytest.mark.fault("a shared folder of which a rank sees an older state", "all leave out the rows that rank 0 knows of")
+def test_all_leave_out_the_same_rows(gloo: Callable, tmp_path: Path) -> None:
+    here, there = (tiny_config(tmp_path, tmp_path, f"run.name={name}") for name in ("here", "there"))
+    note = skipped_rows_file(here)
+    note.parent.mkdir(parents=True)
+    note.write_text("[[8, 16]]")
+    assert gloo(2, rows_left_out, [here, there]) == [([[8, 16]], 16)] * 2

@@ -59,8 +59,10 @@ def test_the_file_stop(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -
     assert losses(config) == losses(whole)
 
 
-@pytest.mark.fault("SIGTERM, SIGUSR1 to a rank", "saved and stopped; the same bits")
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.fault("SIGTERM, SIGUSR1, SIGHUP to a rank", "saved and stopped; the same bits")
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
 def test_a_signal_to_any_rank(gloo: Callable, tmp_path: Path, data: Path, number: int, reason: str) -> None:
     config = tiny_config(tmp_path, data)
     assert gloo(2, run, config, 1, number) == [2, 2]

@@ -1,6 +1,8 @@
 """What a start is refused for where a run is there already: another process, configuration, code or data."""
 
 import fcntl
+import os
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.data import PrepareConfig, TokenizerConfig, prepare
+from headrace.errors import UserError
 from headrace.pretrain import source
 from headrace.pretrain.config import Config
 from headrace.pretrain.run_folder import open_run_folder
@@ -23,6 +26,22 @@ def test_a_run_folder_takes_one_process(gloo: Callable, tmp_path: Path, data: Pa
         assert "is in use by process" in message
     holder.close()
     assert gloo(1, train_tiny, config) == [6]
+
+
+@pytest.mark.fault("a run folder that everyone may write to", "refused")
+def test_a_run_folder_of_everyone(tmp_path: Path, data: Path) -> None:
+    config = tiny_config(tmp_path, data)
+    config.run.folder.mkdir()
+    config.run.folder.chmod(0o777)
+    with pytest.raises(UserError, match="may be written to by everyone; chmod o-w"):
+        open_run_folder(config)
+    config.run.folder.rmdir()
+    before = os.umask(0)
+    try:
+        open_run_folder(config).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(config.run.folder.stat().st_mode) == 0o755
 
 
 def test_a_look_at_a_run_refuses_no_start(tmp_path: Path, data: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,6 +55,46 @@ def run_held_back(config: Config) -> int | str:
         result = train_or_refusal(config)
     assert waited == 2
     return result
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_job_has_no_more_memory_than_its_cgroup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """The least of all above it counts; file cache that can go is no use of it."""
+    own, most, used, root = {
+        1: ("5:cpu,memory:/slurm/job\n3:pids:/x\n", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory"),
+        2: ("0::/slurm/job\n", "memory.max", "memory.current", ""),
+    }[version]
+    for name, limit in (("slurm", "3000"), ("slurm/job", "max" if version == 2 else str(2**63))):
+        folder = tmp_path / root / name
+        folder.mkdir(parents=True)
+        (folder / most).write_text(limit)
+        (folder / used).write_text("1500")
+        (folder / "memory.stat").write_text("anon 1000\ninactive_file 400\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(host_copy_module, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host_copy_module, "CGROUPS", tmp_path)
+    assert host_copy_module.available_memory() == 1900
+
+
+def patience(config: Config) -> set[timedelta | None]:
+    """How long each save of a run lets a rank's disk take before the others give up."""
+    found = set()
+
+    def look(*_: Any, group: dist.ProcessGroup | None, **__: Any) -> None:
+        found.add(None if group is None else group._get_backend(torch.device("cpu")).options._timeout)
+
+    with mock.patch.object(saver, "save_checkpoint", look):
+        train_tiny(config)
+    return found
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_slow_disk_has_hours(gloo: Callable, tmp_path: Path, data: Path, asynchronous: str) -> None:
+    """Longer than collectives of training: the last save, which training waits for, too."""
+    config = tiny_config(tmp_path, data, f"checkpoint.asynchronous={asynchronous}")
+    assert gloo(2, patience, config) == [{timedelta(hours=4)}] * 2
 
 
 EIGHT = ("optimizer.kind=adamw", "optimizer.state_bits=8", "optimizer.block_size=16", "optimizer.min_8bit_size=0")

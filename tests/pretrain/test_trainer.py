@@ -177,7 +177,7 @@ def run_with_nan(config: Config, bad_steps: set[int]) -> tuple[int, int] | str:
     try:
         progress = train(config, this_world())
     except UserError as error:
-        return str(error)
+        return str(error) if error.everywhere else "every rank would print its own"
     finally:
         Engine.forward_backward = original
     return progress.step, progress.skipped

@@ -183,3 +183,12 @@ def test_a_killed_rank_is_started_again_in_the_same_job(run: SlurmRun) -> None:
     run.wait_for_steps()
     assert run.log().count("a start ended with status") == 1
     run.stop_and_compare(job)
+
+
+def test_a_partition_that_does_not_exist(run: SlurmRun) -> None:
+    command = [*HEADRACE, "launch", str(run.config), "--nodes", "2", "--sbatch", "partition=nowhere", "run.name=job"]
+    done = subprocess.run(command, env=run.cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"headrace: error: slurm refused {run.folder}/job.sbatch: ")
+    assert "invalid partition specified: nowhere" in line
