@@ -152,7 +152,7 @@ class RunClock:
 
 def _run_id(path: Path) -> str:
     """What is in the file; where there is none, a new name of twelve hexadecimal digits."""
-    if path.exists() and (known := path.read_text().strip()):
+    if path.exists() and (known := path.read_text(errors="replace").strip()):
         return known
     run_id = secrets.token_hex(6)
     aside = path.with_name(f".{path.name}.tmp")
