@@ -58,6 +58,7 @@ def train(options: argparse.Namespace) -> int:
     if options.restarts and "RANK" not in os.environ:
         raise UserError("--restarts needs --nproc: a process cannot start itself again")
 
+    from ..parallel.environment import read_group
     from ..parallel.mesh import start_world, stop_world
     from ..parallel.watch import start_watch
     from ..pretrain.trainer import train
@@ -65,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
 
     end_with_launcher()
     faulthandler.enable()  # a crash in compiled code says where Python was, in every thread
-    config = load_config(path, options.overrides, int(os.environ.get("WORLD_SIZE", "1")))
+    config = load_config(path, options.overrides, read_group()[1])
     timeout_s = config.parallel.timeout_s
     world = start_world(timeout_s)
     try:

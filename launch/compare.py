@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,28 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
+    source = folder / "source.json"  # of older runs there is none
+    facts = _read(folder / "config.toml", tomllib.loads, "config") | _read(
+        folder / "manifest.json", json.loads, "record"
+    )
+    return facts | (_read(source, lambda text: json.loads(text)["files"], "code") if source.exists() else {})
+
+
+def _read(path: Path, parse: Callable[[str], Any], prefix: str) -> dict[str, Any]:
+    """What is in a file, by key."""
     try:
-        config = tomllib.loads((folder / "config.toml").read_text())
-        record = json.loads((folder / "manifest.json").read_text())
-        source = folder / "source.json"  # of older runs there is none
-        code = json.loads(source.read_text())["files"] if source.exists() else {}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no run folder: it has no {Path(error.filename).name}; give runs/NAME") from None
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{folder} cannot be read ({error}); restore config.toml, manifest.json and source.json"
-        ) from None
-    return {**_flat(config, "config"), **_flat(record, "record"), **_flat(code, "code")}
+        table = parse(path.read_text())
+        if isinstance(table, dict):
+            return _flat(table, prefix)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}; give runs/NAME") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it") from None
+    except (KeyError, TypeError):
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    raise UserError(f"{path} does not hold what a run writes there; restore it")
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -49,4 +59,4 @@ def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _shown(facts: Mapping[str, Any], key: str) -> str:
-    return json.dumps(facts[key]) if key in facts else "nothing"
+    return json.dumps(facts[key], default=str) if key in facts else "nothing"

@@ -3,8 +3,10 @@
 import os
 import re
 from collections.abc import MutableMapping
+from functools import partial
 
 from ..errors import UserError
+from ..parallel.environment import read_number
 
 # Ports of jobs on one machine differ as their numbers do; the range is free on most systems.
 FIRST_PORT, PORTS = 20000, 10000
@@ -19,29 +21,38 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     MASTER_ADDR or MASTER_PORT to say otherwise.
 
     Raises:
-        UserError: slurm's variables do not fit together.
+        UserError: slurm's variables do not fit together, or one is no number.
     """
-    if "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    number = partial(read_number, environment=environment)
+    rank, size = number("SLURM_PROCID"), number("SLURM_NTASKS", 1)
+    if size <= 1:
         return
     needed = ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
     if missing := [name for name in needed if name not in environment]:
         raise UserError(
             f"started by srun, but {', '.join(missing)} is not set; start with srun in a job, or by torchrun"
         )
+    if rank >= size:
+        raise UserError(f"SLURM_PROCID={rank} must be below SLURM_NTASKS={size}; start with srun in a job")
     hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
-    number = int(environment["SLURM_JOB_ID"]) + STEP_STRIDE * int(environment.get("SLURM_STEP_ID", "0"))
+    port = FIRST_PORT + (number("SLURM_JOB_ID") + STEP_STRIDE * number("SLURM_STEP_ID", 0)) % PORTS
     # Bound to its own GPU a process sees it as the first, whichever it is.
     bound = environment.get("SLURM_GPUS_PER_TASK") == "1" or "single:1" in environment.get("SLURM_GPU_BIND", "")
+    local_rank = 0 if bound else number("SLURM_LOCALID")
     if "SLURM_STEP_TASKS_PER_NODE" in environment and "SLURM_NODEID" in environment:
-        tasks = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
-        environment["LOCAL_WORLD_SIZE"] = str(tasks[int(environment["SLURM_NODEID"])])
+        tasks, node = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"]), number("SLURM_NODEID")
+        if node >= len(tasks):
+            raise UserError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE lists {len(tasks)}; start with srun")
+        environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
     environment.update(
         {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_NTASKS"],
-            "LOCAL_RANK": "0" if bound else environment["SLURM_LOCALID"],
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
-            "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + number % PORTS)),
+            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
         }
     )
 
@@ -81,7 +92,7 @@ def _expand(entry: str) -> list[str]:
     found = []
     for part in body.split(","):
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if numbers is None:
+        if numbers is None or int(numbers[1]) > int(numbers[2] or numbers[1]):
             raise UserError(f"{entry!r} is no list of hosts as slurm writes them")
         low, high = numbers[1], numbers[2] or numbers[1]
         found += [f"{head}{n:0{len(low)}d}{tail}" for n in range(int(low), int(high) + 1) for tail in _expand(rest)]

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..errors import UserError
 from ..pretrain.checkpoint_files.folders import checkpoint_step
-from ..pretrain.goodput import Goodput, measure_goodput, read_starts
+from ..pretrain.goodput import BOUND, Goodput, is_count, measure_goodput, read_starts
 from ..pretrain.run_clock import RUN_ID, STARTS
 
 # The newest records are at the end of a file that may be long.
 TAIL_BYTES = 1 << 18
+_COUNTS, _FIGURES = ("step", "tokens"), ("loss", "tokens_per_s", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """The status of the run in `folder`.
+    """The status of the run in `folder`; what is damaged there is passed over like what is not there.
 
     Raises:
         UserError: it is no run folder, or cannot be looked at.
@@ -88,7 +89,7 @@ def read_status(folder: Path) -> RunStatus:
         bits_per_byte=evaluation.get("bits_per_byte"),
         idle_s=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
-        run=(folder / RUN_ID).read_text().strip() if (folder / RUN_ID).exists() else None,
+        run=_read_run_id(folder / RUN_ID),
         goodput=measure_goodput(read_starts(folder / STARTS)),
     )
 
@@ -170,34 +171,54 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _last_records(metrics: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each kind; a half-written line is passed over."""
-    if not metrics.exists():
+    """The last record of each kind; a half-written line is passed over, and one of another shape."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
         return {}
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         try:
             record = json.loads(line)
-            found[record["kind"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and _fits(record):
+            found[record["kind"]] = record
     return found
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether what is shown of a record is of the right type; a loss that is not finite is on record as null."""
+    return all(is_count(record.get(key, 0)) for key in _COUNTS) and all(
+        value is None or isinstance(value, float) or (type(value) is int and abs(value) < BOUND)
+        for value in map(record.get, _FIGURES)
+    )
+
+
+def _read_run_id(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _total_steps(config: Path) -> int | None:
     try:
-        return int(tomllib.loads(config.read_text())["train"]["steps"])
-    except (ValueError, KeyError, TypeError):
+        steps = tomllib.loads(config.read_text())["train"]["steps"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return steps if is_count(steps) else None
 
 
 def _owner(lock: Path) -> str:
     """Who holds the lock of a run folder; empty where nobody does."""
     if not lock.exists():
         return ""
-    with lock.open() as file:
+    with lock.open(errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -210,7 +231,7 @@ def _owner(lock: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

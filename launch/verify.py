@@ -22,6 +22,8 @@ def verify(source: Path, say: Callable[[str], None]) -> bool:
             raise UserError(f"{source} holds no checkpoint; let the run reach its first save")
     elif source.is_dir():
         found = [source]
+    elif source.exists():
+        raise UserError(f"{source} is a file and no folder; give a run folder (runs/NAME) or one of its checkpoints")
     else:
         raise UserError(f"{source} does not exist; give a run folder (runs/NAME) or one of its checkpoints")
     whole = True

@@ -3,7 +3,9 @@
 import logging
 import os
 import platform
+import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..errors import UserError
 from ..kernels.memory import keep_freed_memory
 from ..kernels.products import prefer_onednn
 from .config import ParallelConfig
+from .environment import read_number
 from .join import join_group
 
 
@@ -47,12 +50,13 @@ def start_world(timeout_s: float = 600.0) -> World:
     """Join the process group torchrun describes in the environment; alone, start a group of one.
 
     Uses NCCL (with gloo for CPU tensors) where CUDA is at hand, else gloo, and then the faster library for matrix
-    products. Collective over all processes.
+    products. Allows this process as many open files as the system lets it have. Collective over all processes.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs, or as `join_group`.
+        UserError: LOCAL_RANK is no number, there are more processes on this machine than GPUs, or as `join_group`.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = read_number("LOCAL_RANK", 0)
+    _allow_open_files()
     if torch.cuda.is_available():
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise UserError(
@@ -72,6 +76,13 @@ def start_world(timeout_s: float = 600.0) -> World:
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, process_began_s(), start)
+
+
+def _allow_open_files() -> None:
+    """A group by gloo costs a descriptor for each other process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def process_began_s() -> float:
@@ -210,7 +221,7 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
 def _machines(world: World) -> list[str]:
     """The machine of every process; with a `fake` process group, as if each had LOCAL_WORLD_SIZE processes, or 8."""
     if dist.get_backend() == "fake":
-        share = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+        share = read_number("LOCAL_WORLD_SIZE", 8, least=1)
         return [str(rank // share) for rank in range(world.size)]
     machines = [""] * world.size
     dist.all_gather_object(machines, platform.node())

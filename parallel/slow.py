@@ -1,9 +1,9 @@
 """Which ranks make the others wait: every process tells how long a step keeps it busy itself."""
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from .hang import waits_now
 from .pulse import STEP, Pulse
@@ -70,10 +70,10 @@ class SlowRanks:
     def compare(self, told: Mapping[int, tuple[str, tuple[float, float] | None]]) -> list[SlowRank]:
         """Those that have just been found slow, given the host and what each rank last told of itself."""
         known = {rank: (host, *seconds) for rank, (host, seconds) in told.items() if seconds is not None}
+        ordered = sorted(own_s for _, own_s, _ in known.values())
         found = []
         for rank, (host, own_s, step_s) in known.items():
-            others = [own for other, (_, own, _) in known.items() if other != rank]
-            others_s = median(others) if others else own_s
+            others_s = median_of_others(ordered, own_s)
             if own_s <= max(FACTOR * others_s, others_s + LEAST_LOSS * step_s):
                 self._counts.pop(rank, None)
                 continue
@@ -81,3 +81,12 @@ class SlowRanks:
             if self._counts[rank] == PERSISTENT:
                 found.append(SlowRank(rank, host, own_s, others_s))
         return found
+
+
+def median_of_others(ordered: Sequence[float], own: float) -> float:
+    """The median of ascending values without `own`, which is one of them; itself where there is no other."""
+    count, left_out = len(ordered) - 1, bisect_left(ordered, own)
+    if not count:
+        return own
+    low, high = ((index if index < left_out else index + 1) for index in ((count - 1) // 2, count // 2))
+    return ordered[low] if low == high else (ordered[low] + ordered[high]) / 2

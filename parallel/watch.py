@@ -21,6 +21,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from ..errors import UserError
+from .aside import Aside, within
 from .hang import HANG, NO_HANG, HangSearch
 from .heartbeat import TIMED_OUT, Beat, RollCall, State
 from .mesh import World
@@ -36,6 +37,8 @@ PEER_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by
 GRACE_S = 5.0
 LOOK_S = 0.05
 PART_S = 2.0
+# What an end may take: a line on stderr; then the files of a hang; and the last words, which may send an alert for 5 s.
+SAY_S, FILES_S, LAST_WORDS_S = 1.0, 3.0, 6.0
 
 
 class Watch:
@@ -65,7 +68,7 @@ class Watch:
     ) -> None:
         self._hangs = hangs
         self.pulse = hangs.pulse if hangs else Pulse()
-        # Told why this process ends although nothing was raised in it.
+        # Told why this process ends although nothing was raised in it; not waited for when it takes too long.
         self.last_words: Callable[[str], None] = lambda line: None
         self.interval_s = min(1.0, timeout_s / 10)
         self.grace_s = min(GRACE_S, timeout_s)
@@ -141,17 +144,22 @@ class Watch:
         self._leave(line)
 
     def _leave(self, line: str) -> NoReturn:
-        self._found = line
-        with self._lock:
-            steps = [step for step in (self.pulse.number, self._roll.step) if step is not None]
-        last = f"last finished step {max(steps)}" if steps else "no step was finished yet"
-        remedy = "start the run again to go on from its newest checkpoint"
-        sys.stdout.flush()
-        print(f"headrace: error: {line}; {last}; {remedy}", file=sys.stderr, flush=True)
-        self._state = "left"
-        self._part()
-        self.last_words(line)
-        os._exit(1)
+        """End the process whatever holds out: stderr, the disk, the store."""
+        try:
+            self._found = line
+            with self._lock:
+                steps = [step for step in (self.pulse.number, self._roll.step) if step is not None]
+            last = f"last finished step {max(steps)}" if steps else "no step was finished yet"
+            remedy = "start the run again to go on from its newest checkpoint"
+            _say(f"headrace: error: {line}; {last}; {remedy}")
+            self._state = "left"
+            began, words = time.monotonic(), Aside(lambda: self.last_words(line))
+            self._part()
+            if self._hangs:
+                self._hangs.finish(began + FILES_S - time.monotonic())
+            words.wait(began + LAST_WORDS_S - time.monotonic())
+        finally:
+            os._exit(1)
 
     def _part(self) -> None:
         """Have the farewell written; who keeps the store stays until the others have had time to read it."""
@@ -213,12 +221,13 @@ class Watch:
             now = time.monotonic()
             if now - last < self.interval_s / 4:
                 continue
+            # More went by only if this process was stopped itself, and heard nobody for that reason.
+            passed = min(now - last, 2 * self.interval_s)
             with self._lock:
-                # More went by only if this process was stopped itself, and heard nobody for that reason.
-                self._roll.pass_time(min(now - last, 2 * self.interval_s))
-                found = self._verdict or self._roll.finding(self._state == "failed")
-                if not found and self._hangs:
-                    found = self._hangs.judge(min(now - last, 2 * self.interval_s), self._roll)
+                self._roll.pass_time(passed)
+                found, beats = self._verdict or self._roll.finding(self._state == "failed"), self._roll.beats
+            if not found and self._hangs:
+                found = self._hangs.judge(passed, beats)
             last = now
             if not found or self._closing.is_set():
                 continue
@@ -264,6 +273,12 @@ def last_step(store: dist.Store, size: int) -> int | None:
     watched = dist.PrefixStore(PREFIX, store)
     beats = [Beat.unpack(watched.get(_key(rank))) for rank in range(size) if watched.check([_key(rank)])]
     return max((beat.step for beat in beats if beat.step is not None), default=None)
+
+
+def _say(line: str) -> None:
+    """Write to stderr, after what stdout still holds; either may be closed, full or not read by anyone."""
+    within(SAY_S, lambda: sys.stdout.flush(), None)
+    within(SAY_S, lambda: print(line, file=sys.stderr, flush=True), None)
 
 
 def _key(rank: int) -> str:

@@ -19,6 +19,9 @@ PARTS = {
     "closing_s": "closing",
     "waiting_s": "waiting between starts",
 }
+_FIGURES = ("tokens", "step_s", "skipped_s")
+# Of tokens, and of seconds: beyond it lies no run, and sums could overflow.
+BOUND = 1e18
 
 
 @dataclass(frozen=True)
@@ -136,16 +139,43 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("start"), int) and "kind" in record:
             yield record
 
 
+def is_number(value: object) -> bool:
+    """Whether a value out of a JSON record is a finite number that a run can have come to."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -BOUND < value < BOUND
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole one, not below 0."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether a record has the shape that `RunClock` writes; else it is passed over like a line cut short."""
+    parts = record.get("parts", {})
+    return (
+        (record["kind"] != "start" or is_number(record.get("time")))
+        and ("step" not in record or (is_count(record["step"]) and all(is_number(record.get(k)) for k in _FIGURES)))
+        and (record.get("steps") is None or is_count(record["steps"]))
+        and isinstance(record.get("status", ""), str)
+        and isinstance(parts, dict)
+        and all(map(is_number, parts.values()))
+    )
+
+
 def read_starts(path: Path) -> list[Start]:
-    """The starts in a `starts.jsonl`, in order."""
+    """The starts in a `starts.jsonl`, in order; records that have another shape are passed over.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     starts: list[Start] = []
-    for record in read_records(path):
+    for record in filter(_fits, read_records(path)):
         if record["kind"] == "start":
             starts.append(Start(record["start"], record["time"]))
         if not starts or record["start"] != starts[-1].number or "parts" not in record:
@@ -155,7 +185,7 @@ def read_starts(path: Path) -> list[Start]:
         start.steps = record.get("steps", start.steps)
         start.status = record.get("status", "")
         if "step" in record:
-            point = Point(*(record[key] for key in ("step", "tokens", "step_s", "skipped_s")))
+            point = Point(record["step"], *(record[key] for key in _FIGURES))
             # What is known later of the same step is known better.
             is_again = bool(start.points) and start.points[-1].step == point.step
             start.points[len(start.points) - is_again :] = [point]

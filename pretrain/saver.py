@@ -1,6 +1,5 @@
 """When and how a run saves: tried again where the disk fails, and beside training where it may be."""
 
-import os
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from ..errors import MachineError, UserError
 from ..parallel.comm import do_together
+from ..parallel.environment import read_number
 from .alerts import Alerts
 from .checkpoint import CheckpointError, CheckpointWriteError, HostCopy, save_checkpoint
 from .config import CheckpointConfig
@@ -113,7 +113,7 @@ class Saver:
         if config.time_share and metrics is not None:
             self._interval = SaveInterval(config.time_share, config.failure_every_s)
         if config.asynchronous and config.is_periodic:
-            processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            processes_here = read_number("LOCAL_WORLD_SIZE", 1, least=1)
             self._copy = do_together(lambda: HostCopy(tensors, processes_here))
         # For saves that all wait for, too: disks may be slower than collectives of training are allowed to be.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))

@@ -127,6 +127,36 @@ def test_half_an_environment_is_refused(
     assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "preflight"])
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x' in the environment must be a whole number of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be a whole number of at least 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment must be a whole number of at least 0"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK='one' in the environment must be a whole number of at least 0"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set but RANK is not"),
+        ({"RANK": "3"}, "RANK=3 must be below WORLD_SIZE, which is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+    ],
+    ids=str,
+)
+def test_numbers_in_the_environment(
+    command: str,
+    given: dict[str, str],
+    part: str,
+    config: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, config]) == (1 if command == "preflight" and "LOCAL_RANK" in given else 2)
+    told = capfd.readouterr()
+    assert part in told.out + told.err
+    assert "Traceback" not in told.err
+
+
 def test_wandb_offline_writes_its_run_and_unreachable_is_one_line(config: str, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     result = headrace("train", config, "log.wandb=offline", "train.steps=2")

@@ -1,5 +1,6 @@
 """A run that hangs: found by the time that steps take, every stack written down, the one that did not come named."""
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from headrace.parallel.hang import Stand, describe, find_missing, main_thread, waits_now
+from headrace.parallel import recorder
+from headrace.parallel.hang import Stand, describe, find_missing, main_thread, page, waits_now
+from headrace.parallel.heartbeat import Beat
+from headrace.parallel.recorder import MOST_GROUPS, last_collectives, read_recorder
 from tiny import CONFIG
 
 # One thread looks, and leaves something behind whose end lets go of the interpreter; meanwhile others come and go.
@@ -39,6 +43,30 @@ while looker.is_alive():
     passer.join()
 assert gc.isenabled()
 os._exit(0)
+"""
+
+# Two ranks of one process, the first of which stays behind, and a folder in which nothing can be written to its end.
+HUNG_FOLDER = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from headrace.parallel.hang import HangSearch
+from headrace.parallel.pulse import Pulse, WatchConfig
+from headrace.parallel.watch import Watch
+folder = Path(sys.argv[1])
+for name in ("hang-rank-0.txt", "hang-rank-1.txt", "hang.txt"):
+    os.mkfifo(folder / name)
+    os.mkfifo(folder / f".{name}-{os.getpid()}.tmp")
+os.mkfifo(folder / "last words")
+store = dist.HashStore()
+searches = [HangSearch(rank, 2, Pulse(WatchConfig(margin_s=0.5)), folder, 2.0) for rank in range(2)]
+watches = [Watch(rank, 2, 60.0, lambda: store, "a test", search) for rank, search in enumerate(searches)]
+with watches[0], watches[1]:
+    for watch in watches:
+        watch.last_words = lambda line: (folder / "last words").write_text(line)
+        for number in range(40 + watches.index(watch)):
+            watch.step(number)
+    time.sleep(99999)  # here both stand
 """
 
 HOST = os.uname().nodename
@@ -144,3 +172,138 @@ def test_who_is_missing() -> None:
 def test_a_look_at_the_main_thread_stops_no_process() -> None:
     """As it did in CPython 3.11, whose list of threads is locked while it is looked through (issue 106883)."""
     assert subprocess.run([sys.executable, "-c", LOOKER], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.fault("a file system that hangs, in a run that hangs", "the rank is named and all end all the same")
+def test_a_folder_that_hangs_keeps_nobody_alive(tmp_path: Path) -> None:
+    """Opening a FIFO that nobody reads blocks, as files of a server that is gone do."""
+    command = [sys.executable, "-c", HUNG_FOLDER, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1, ended.stderr
+    (line,) = set(ended.stderr.splitlines())
+    assert line.startswith(
+        f"headrace: error: rank 0 ({HOST}) did not come to step 41, where the others wait, and stands"
+    )
+    assert "hang.txt cannot be written: no answer yet)" in line
+
+
+def entry(group: str, number: int, what: str, state: str = "completed", is_p2p: bool = False) -> dict:
+    """As torch 2.13 writes it, without what nobody reads."""
+    return {
+        "process_group": [group, "" if group == "7" else f"mesh_{group}"],
+        "collective_seq_id": number,
+        "p2p_seq_id": int(is_p2p),
+        "is_p2p": is_p2p,
+        "profiling_name": f"nccl:{what}",
+        "state": state,
+    }
+
+
+def recording(*entries: dict, **ranks: str) -> bytes:
+    config = {name: {"name": name, "desc": name, "ranks": members} for name, members in ranks.items()}
+    return json.dumps({"version": "2.10", "pg_config": config, "pg_status": {}, "entries": entries}).encode()
+
+
+def reads(recorded: bytes) -> Stand:
+    """All stand where the host reads a tensor: nothing that Python shows tells them apart."""
+    return Stand(7, "step", False, ("loss.py:1 in take: int(count)",), "", last_collectives(recorded))
+
+
+ALL = "[0, 1, 2, 3]"
+
+
+def test_who_is_behind_in_a_collective() -> None:
+    """The host of rank 2 did not come to an all_reduce; rank 1 does more than the others in a group of its own."""
+    waits = [
+        entry("dp", 16, "all_gather"),
+        entry("dp", 17, "all_reduce", "started"),
+        entry("dp", 18, "all_gather", "x"),
+    ]
+    stands = {rank: reads(recording(*waits, dp=ALL)) for rank in range(4)}
+    alone = [entry("tp", 900, "all_reduce"), entry("tp", 900, "send 0->1", "completed", is_p2p=True)]
+    stands[1] = reads(recording(*alone, *waits, dp=ALL, tp="[1]"))
+    assert find_missing(4, stands) == ([], "")
+    # That it has seen its send done tells nothing of the collective that it has the number of.
+    stands[2] = reads(recording(entry("dp", 16, "all_gather"), entry("dp", 16, "send 2->3", is_p2p=True), dp=ALL))
+    what = "did not come to collective 17 (all_reduce) of group mesh_dp"
+    assert find_missing(4, stands) == ([2], what)
+    assert describe(4, stands, {2: "node1"}, 12.0).startswith(f"rank 2 (node1) {what} and stands at loss.py:1")
+    text = page("line", 3.0, 4, stands, {rank: Beat(host="node1") for rank in range(4)})
+    assert "    group mesh_dp: came to collective 18 (all_gather), waits for 17 (all_reduce)\n" in text
+    assert "    group mesh_tp: came to collective 900 (all_reduce)\n" in text
+    assert "    group mesh_dp: came to collective 16 (all_gather)\n" in text
+    assert Stand.unpack(stands[1].pack().encode()) == stands[1]
+
+
+def test_the_last_of_those_that_wait_for_each_other() -> None:
+    """Rank 3 does not come to its group with rank 2, which for that does not come to its group with rank 0."""
+    done, waits = entry("tp", 5, "all_reduce"), entry("tp", 6, "all_reduce", "scheduled")
+    tp = {0: "[0, 1]", 1: "[0, 1]", 2: "[2, 3]", 3: "[2, 3]"}
+    begun, late = entry("dp", 8, "reduce_scatter"), entry("dp", 9, "reduce_scatter", "scheduled")
+    dp = {0: "[0, 2]", 1: "[1, 3]", 2: "[0, 2]", 3: "[1, 3]"}
+    entries = {0: [done, begun, late], 1: [done, begun, late], 2: [done, begun, waits], 3: [done, begun]}
+    stands = {rank: reads(recording(*entries[rank], dp=dp[rank], tp=tp[rank])) for rank in range(4)}
+    assert find_missing(4, stands)[0] == [3]
+    # Who waits for a message of another is not the last either, if there is one who does not.
+    receives = entry("dp", 8, "recv 1<-0", "started", is_p2p=True)
+    stands[2] = reads(recording(done, begun, receives, dp=dp[2], tp=tp[2]))
+    assert find_missing(4, stands) == ([3], "did not come to collective 9 (reduce_scatter) of group mesh_dp")
+    # In a circle all are named: two groups were gone to in different orders.
+    first = reads(recording(entry("a", 2, "barrier", "started"), entry("b", 1, "barrier"), a="[0, 1]", b="[0, 1]"))
+    second = reads(recording(entry("a", 1, "barrier"), entry("b", 2, "barrier", "started"), a="[0, 1]", b="[0, 1]"))
+    assert find_missing(2, {0: first, 1: second})[1].startswith("did not come to collective 2 (barrier) of group mesh_")
+
+
+def test_a_host_that_ran_ahead_blames_nobody() -> None:
+    """The device of one hangs in a collective that all came to; another reads a tensor early and asks for no more."""
+    hangs = entry("7", 17, "all_reduce", "started")
+    ahead = reads(recording(hangs, entry("7", 18, "all_gather", "scheduled")))
+    early = reads(recording(hangs))
+    assert find_missing(4, {0: early, 1: ahead, 2: ahead, 3: ahead}) == ([], "")
+    assert str(early.reached[0]) == "group 7: came to collective 17 (all_reduce), waits for 17 (all_reduce)"
+
+
+def test_a_batch_of_messages_is_done_when_its_last_entry_is() -> None:
+    parts = [
+        entry("pp", 3, "send 0->1", "scheduled", is_p2p=True),
+        entry("pp", 3, "recv 0<-1", "scheduled", is_p2p=True),
+    ]
+    for state in ("completed", "started"):
+        (reached,) = last_collectives(recording(entry("pp", 3, "barrier"), *parts, entry("pp", 3, "coalesced", state)))
+        assert (reached.number, reached.what, reached.pending) == (3, "barrier", 0)
+        assert reached.talks == (state == "started")
+
+
+def test_a_recording_of_another_kind_tells_nothing() -> None:
+    good = entry("dp", 16, "all_gather")
+    assert last_collectives(recording(good)[:-9]) == ()
+    for odd in (b"", b"\xff", b"[]", b"17", b'{"entries": 3}', b'{"pg_config": [], "entries": []}', b"[" * 99999):
+        assert last_collectives(odd) == ()
+    bad = [
+        {},
+        3,
+        {**good, "process_group": "dpi"},
+        {**good, "process_group": [1, 2]},
+        {**good, "collective_seq_id": "17"},
+        {**good, "profiling_name": 1},
+    ]
+    assert [found.number for found in last_collectives(recording(*bad, good))] == [16]
+    assert last_collectives(recording({**good, "profiling_name": "gloo:all_reduce", "state": "scheduled"})) == ()
+
+
+def test_what_goes_through_the_store_is_bounded() -> None:
+    """Of very many groups those are kept in which it waits, and those used last."""
+    waits = entry("first", 1, "x" * 999, "started")
+    reached = last_collectives(recording(waits, *(entry(f"{group:099}", 1, "barrier") for group in range(500))))
+    assert len(reached) == MOST_GROUPS
+    assert reached[-1].name == "mesh_first"
+    assert len(Stand(1, "step", True, (), "", reached).pack()) < 400 * MOST_GROUPS
+
+
+def test_the_recorder_of_nccl_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds with NCCL have two; the one that all builds have knows nothing of NCCL there."""
+    monkeypatch.setattr(recorder.c10d, "_dump_fr_trace_json", lambda: b'{"version": "2.10"}', raising=False)
+    monkeypatch.setattr(recorder.c10d, "_dump_nccl_trace_json", lambda: b'{"entries": [1]}', raising=False)
+    assert read_recorder() == b'{"entries": [1]}'
+    monkeypatch.setattr(recorder.c10d, "_dump_nccl_trace_json", lambda: b"{}", raising=False)
+    assert read_recorder() == b""

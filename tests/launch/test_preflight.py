@@ -1,28 +1,32 @@
 """`headrace preflight`: each check says ok where all is well, and FAIL where it is not."""
 
 import fcntl
+import io
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from headrace.data import TokenDataset
 from headrace.errors import UserError
 from headrace.launch.findings import Finding, attempt, format_findings, join_findings
 from headrace.launch.machine import check_code_date, check_memory, check_port, check_versions
 from headrace.launch.network import check_clocks, check_network
-from headrace.launch.preflight import make_plan, preflight
+from headrace.launch.preflight import Plan, Report, check_open_files, check_saves, look_together, make_plan, preflight
 from headrace.launch.storage import (
     check_data,
     check_disk,
@@ -34,7 +38,7 @@ from headrace.launch.storage import (
     verify_data,
 )
 from headrace.parallel.config import ParallelConfig
-from headrace.parallel.mesh import World
+from headrace.parallel.mesh import World, start_world
 from headrace.pretrain.checkpoint import load_full
 from tiny import CONFIG, tiny_config, train_tiny
 
@@ -63,7 +67,8 @@ def test_all_is_well_on_two_processes(tmp_path: Path, data: Path) -> None:
     done = headrace(write_config(tmp_path, data), "--nproc", "2", "--full", "parallel.tp=2", *copies)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = {line[6:].split("  ")[0]: line[:4].strip() for line in done.stdout.splitlines()}
-    ok = ("versions", "date", "config", "port", "clocks", "data", "hashes", "memory", "run folder", "disk")
+    ok = ("versions", "date", "open files", "config", "checkpoints", "port", "clocks")
+    ok += ("data", "hashes", "memory", "run folder", "disk")
     assert {name: lines[name] for name in ok} == dict.fromkeys(ok, "ok")
     assert lines["memory copies"] == ("ok" if file_system(tmp_path) == "tmpfs" else "warn")
     assert lines["device"] == ("ok" if torch.cuda.is_available() else "warn")
@@ -239,6 +244,93 @@ def test_kinds_of_file_systems(tmp_path: Path) -> None:
         assert [file_system(Path(path)) for path in ("/x", "/data one/x", "/data one/in")] == ["ext4", "nfs4", "tmpfs"]
     with mock.patch.object(Path, "read_text", side_effect=FileNotFoundError):
         assert file_system(tmp_path) == "unknown"
+
+
+def hash_apart(plan: Plan, wait_s: float) -> tuple[list[Finding], str]:
+    """What a rank finds and says where rank 1 hashes for longer than a collective may take, and finds damage."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def verify(*_: object) -> Finding:
+        if rank == 1:
+            time.sleep(9.0)
+            raise UserError("a shard was changed")
+        return Finding("hashes", "ok", "whole")
+
+    _set_pg_timeout(timedelta(seconds=6.0))
+    report = Report(mine=[Finding("config", "ok", "valid")])
+    with mock.patch.multiple("headrace.launch.preflight", verify_data=verify, HASH_S=wait_s):
+        look_together(World(rank, size, CPU), report, plan, full=True)
+    with redirect_stdout(io.StringIO()) as said:
+        report.show(rank == 0)
+    return [*report.joined, *report.mine], said.getvalue()
+
+
+def test_hashing_that_takes_one_longer_is_waited_for(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    plan, _ = make_plan(Path(write_config(tmp_path, data)), [], 0, 2)
+    (found, first), (same, second) = gloo(2, hash_apart, plan, 600.0)
+    assert found == same
+    assert [(finding.check, finding.text[:29]) for finding in found if finding.status == "FAIL"] == [
+        ("hashes", "a shard was changed (rank 1 (")
+    ]
+    assert found[-1].check == "network dp_shard"
+    assert len(first.splitlines()) == len(found)
+    assert second == ""
+
+
+def test_processes_that_lose_each_other_keep_what_they_found(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    plan, _ = make_plan(Path(write_config(tmp_path, data)), [], 0, 2)
+    (found, first), (_, second) = gloo(2, hash_apart, plan, 4.0)
+    status = {finding.check: finding.status for finding in found}
+    known = ("config", "clocks", "data", "hashes")
+    assert {name: status[name] for name in known} == dict.fromkeys(known, "ok")
+    assert found[-1].check == "processes"
+    assert found[-1].status == "FAIL"
+    assert found[-1].text.startswith("rank 0 (")
+    assert "could not go on with the others: " in found[-1].text
+    assert len(first.splitlines()) == len(found)
+    failed = [line.split()[1] for line in second.splitlines() if line.startswith("FAIL")]
+    assert failed == ["hashes", "processes"]
+
+
+def test_a_run_without_a_checkpoint_before_its_end(tmp_path: Path, data: Path) -> None:
+    def found(*overrides: str) -> Finding:
+        return check_saves(tiny_config(tmp_path, data, *overrides))
+
+    assert found().text == "one every 2 of 6 steps"
+    for overrides in (["checkpoint.every_steps=0"], ["checkpoint.every_steps=6"]):
+        assert found(*overrides).status == "warn"
+        assert "before the end: a crash starts the run over; set checkpoint.every_steps" in found(*overrides).text
+    assert found("checkpoint.every_steps=0", "checkpoint.time_share=0.01").status == "ok"
+    assert found("checkpoint.every_steps=0", "train.steps=1", "schedule.warmup_steps=0").status == "ok"
+    assert "only copies in memory" in found("checkpoint.every_steps=0", "checkpoint.memory_every_steps=1").text
+
+
+def test_open_files() -> None:
+    with mock.patch("headrace.launch.preflight.resource.getrlimit", return_value=(256, 1024)):
+        assert [check_open_files(size).status for size in (1, 192, 193)] == ["ok", "ok", "warn"]
+        text = check_open_files(1000).text
+        assert all(part in text for part in ("4,256", "1,024", "ulimit -n 4256"))
+    with mock.patch("headrace.launch.preflight.resource.getrlimit", return_value=(256, resource.RLIM_INFINITY)):
+        assert check_open_files(10**6).status == "ok"
+
+
+def raise_limit(fails: bool) -> tuple[int, int]:
+    """The limits in a process that began with 256 open files, in its world."""
+    dist.destroy_process_group()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with mock.patch("resource.setrlimit", side_effect=ValueError) if fails else nullcontext():
+            start_world()
+        return resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_as_many_files_may_be_open_as_the_system_allows(gloo: Callable) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert gloo(1, raise_limit, False) == [(hard, hard)]
+    assert gloo(1, raise_limit, True) == [(256, hard)]
 
 
 def look(folder: Path) -> list[Finding]:

@@ -34,7 +34,7 @@ def test_host_lists(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "a[", "a]b", "a[x-y]", "a,,b", "a[1-2", "a[[1]]"])
+@pytest.mark.parametrize("text", ["", "a[", "a]b", "a[x-y]", "a,,b", "a[1-2", "a[[1]]", "a[2-1]"])
 def test_what_is_no_host_list(text: str) -> None:
     with pytest.raises(UserError, match="no list of hosts"):
         expand_hosts(text)
@@ -79,6 +79,30 @@ def test_given_addresses_stay_and_missing_ones_are_named() -> None:
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4242")
     with pytest.raises(UserError, match="SLURM_LOCALID is not set"):
         adopt_slurm({name: value for name, value in TASK.items() if name != "SLURM_LOCALID"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"SLURM_NTASKS": "x"},
+        {"SLURM_NTASKS": "-2"},
+        {"SLURM_PROCID": ""},
+        {"SLURM_PROCID": "8"},
+        {"SLURM_LOCALID": "0x1"},
+        {"SLURM_JOB_ID": "12_3"},
+        {"SLURM_STEP_ID": "batch"},
+        {"SLURM_NODEID": "²"},
+        {"SLURM_NODEID": "2"},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_named(wrong: dict[str, str]) -> None:
+    ((name, value),) = wrong.items()
+    environment = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1", **wrong}
+    with pytest.raises(UserError, match=f"{name}='?{value}'?") as caught:
+        adopt_slurm(environment)
+    assert "\n" not in str(caught.value)
+    assert "RANK" not in environment
 
 
 def test_two_tasks_train_together(tmp_path: Path) -> None:

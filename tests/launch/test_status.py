@@ -70,6 +70,27 @@ def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
     assert read_status(make_run(tmp_path / "a", steps=99_999, records=many)).step == 19_999
 
 
+def test_records_of_another_shape_are_passed_over(tmp_path: Path) -> None:
+    odd = ({**TRAIN, "step": "4"}, {**TRAIN, "step": -4}, {**TRAIN, "loss": [2.0]}, {**EVAL, "bits_per_byte": "low"})
+    folder = make_run(tmp_path / "a", records=(TRAIN, EVAL, *odd, {"kind": ["train"]}), tail="[1, 2]\n" + "[" * 100_000)
+    (folder / "run_id").write_bytes(b"\xff\xfe\xfa")
+    (folder / "starts.jsonl").write_text('{"kind": "start", "start": 1}\n')
+    found = read_status(folder)
+    assert (found.step, found.loss, found.bits_per_byte, found.run, found.goodput) == (3, 2.5, 1.25, None, None)
+    (folder / "metrics.jsonl").write_text(json.dumps({**TRAIN, "loss": None}))
+    assert read_status(folder).loss is None
+
+
+@pytest.mark.parametrize("name", [".lock", "STOPPED", "run_id", "config.toml", "metrics.jsonl", "starts.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[]", b"[" * 5000, b"null\n7"], ids=range(5))
+def test_damaged_files_do_not_stop_it(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = make_run(tmp_path / "a")
+    (folder / name).write_bytes(content)
+    with (folder / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "running" in format_status([read_status(folder)], as_json=False)
+
+
 def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "runs" / "b", steps=3, saved=3)
@@ -127,6 +148,36 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
     for name, text in (("a", "0f"), ("c", "1e")):
         (tmp_path / name / "source.json").write_text(json.dumps({"versions": {}, "files": {"model/lm.py": text}}))
     assert differences(tmp_path / "a", tmp_path / "c")[1:] == ['code.model/lm.py: "0f" -> "1e"']
-    (tmp_path / "b" / "manifest.json").write_text("{cut")
-    with pytest.raises(UserError, match="cannot be read"):
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("manifest.json", b"{cut", "cannot be read"),
+        ("manifest.json", b"[1, 2]", "does not hold what a run writes there"),
+        ("manifest.json", b"\xff\xff", "cannot be read"),
+        ("manifest.json", b"null", "does not hold what a run writes there"),
+        ("manifest.json", b'{"a":' * 50_000, "cannot be read"),
+        ("source.json", b"[]", "does not hold what a run writes there"),
+        ("source.json", b"{}", "does not hold what a run writes there"),
+        ("source.json", b'{"files": ["model/lm.py"]}', "does not hold what a run writes there"),
+        ("config.toml", b"= broken", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    for run in ("a", "b"):
+        (make_run(tmp_path / run) / "manifest.json").write_text("{}")
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    (tmp_path / "b" / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
         differences(tmp_path / "a", tmp_path / "b")
+    assert str(caught.value).startswith(f"{tmp_path / 'b' / name} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_dates_are_compared_too(tmp_path: Path) -> None:
+    for run, day in (("a", 1), ("b", 2)):
+        folder = make_run(tmp_path / run)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "config.toml").write_text(f"day = 2026-01-0{day}\n")
+    assert differences(tmp_path / "a", tmp_path / "b") == ['config.day: "2026-01-01" -> "2026-01-02"']

@@ -72,6 +72,7 @@ def test_what_is_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "empty" / "config.toml").touch()
     for source, words in (
         (tmp_path / "none", "does not exist"),
+        (run / "checkpoints" / "step-00000001" / "manifest.json", "manifest.json is a file and no folder; give a run"),
         (tmp_path / "empty", "holds no checkpoint"),
         (run / "checkpoints", "is not a checkpoint"),
     ):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,18 @@ from headrace.errors import UserError
 from headrace.parallel.watch import Watch
 from tiny import CONFIG
 
+# A process that another one is to say the end of, with its standard streams as they are.
+LEAVER = """
+import sys, time
+import torch.distributed as dist
+from headrace.parallel.watch import Watch
+store = dist.HashStore()
+print("something that stdout still holds", end="")
+with Watch(0, 2, 2.0, lambda: store, keeper="a test") as watch:
+    if sys.argv[1] == "main thread":
+        watch.leave("rank 1 is gone")
+    time.sleep(99999)  # until the watch finds that nobody beats
+"""
 TIMEOUT_S = 10.0
 LINE = r"headrace: error: {} \({}\) {}.*; last finished step \d+; start the run again"
 HOST = os.uname().nodename
@@ -189,3 +202,40 @@ def test_a_run_that_ends_stops_its_threads(pair: tuple[Watch, Watch]) -> None:
         assert threading.active_count() == before + 4
         time.sleep(0.3)
     assert threading.active_count() == before
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes nothing more, as nobody reads it."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writes, b"x" * 65536)
+    os.set_blocking(writes, True)
+    return reads, writes
+
+
+@pytest.mark.fault("stdout and stderr full, closed or not read", "a process that is to end does, with status 1")
+@pytest.mark.parametrize(
+    ("who", "how"),
+    [("judge", "full disk"), *(("main thread", how) for how in ("full disk", "closed pipe", "closed", "not read"))],
+)
+def test_a_process_ends_although_it_cannot_say_why(who: str, how: str) -> None:
+    command = [sys.executable, "-c", LEAVER, who]
+    if how == "closed":
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+    opened: list[int] = []
+    if how == "full disk":
+        opened = [os.open("/dev/full", os.O_WRONLY)]
+    elif how != "closed":
+        reads, writes = full_pipe()
+        opened = [writes, reads]
+        if how == "closed pipe":
+            os.close(opened.pop())
+    streams = {"stdout": opened[0], "stderr": opened[0]} if opened else {}
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    try:
+        assert subprocess.run(command, **streams, env=buffered, timeout=120, check=False).returncode == 1
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.parallel.heartbeat import Beat
-from headrace.parallel.slow import PERSISTENT, SlowRank, SlowRanks
+from headrace.parallel.slow import FACTOR, LEAST_LOSS, PERSISTENT, SlowRank, SlowRanks
 from tiny import CONFIG
 
 DAWDLER = """
@@ -48,6 +51,17 @@ def test_a_little_is_not_slow() -> None:
         assert slow.compare(told(0.10, 0.10, 0.25)) == []  # far above 1.3 times, but nobody loses much
         assert slow.compare(told(0.80, 0.80, 1.00)) == []
         assert slow.compare(told(0.90)) == []
+
+
+@given(st.lists(st.none() | st.floats(0, 10) | st.sampled_from([0.5, 1.0]), max_size=9))
+def test_each_is_compared_with_the_median_of_all_others(own_s: list[float | None]) -> None:
+    expected = []
+    for rank, own in enumerate(own_s):
+        others = [other for at, other in enumerate(own_s) if at != rank and other is not None]
+        if own is not None and others and own > max(FACTOR * median(others), median(others) + LEAST_LOSS):
+            expected.append(SlowRank(rank, "node", own, median(others)))
+    slow = SlowRanks()
+    assert [slow.compare(told(*own_s)) for _ in range(PERSISTENT)][-1] == expected
 
 
 def test_beats_carry_it() -> None:

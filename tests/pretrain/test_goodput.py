@@ -1,6 +1,7 @@
 """Where a run's time went: the parts sum to the whole, through kills, lost steps, skipped updates and waits."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -72,6 +73,61 @@ def test_every_second_is_somewhere(tmp_path: Path) -> None:
     )
     assert (found.starts, found.lost_steps) == (3, 10)
     assert found.fraction == pytest.approx(49 / 217)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kind": "start", "start": 4, "parts": {}},
+        {"kind": "start", "start": 4, "time": "noon", "parts": {}},
+        record("beat", 3, 30, 9.0, parts={"train": "long"}),
+        record("beat", 3, 30, 9.0, parts={"train": float("nan")}),
+        record("beat", 3, 30, 9.0) | {"parts": [1.0]},
+        {"kind": "beat", "start": 3, "step": 30, "parts": NOTHING},
+        record("beat", 3, 30, "9"),
+        record("beat", 3, 30, 9.0) | {"tokens": 10**400},
+        record("beat", 3, 30, 9.0) | {"step": 30.5},
+        record("beat", 3, 30, 9.0, steps="all"),
+        record("beat", 3, 30, 9.0, status=[]),
+    ],
+    ids=str,
+)
+def test_records_of_another_shape_are_passed_over(tmp_path: Path, odd: dict) -> None:
+    assert measure(tmp_path / STARTS, [*KILLED, odd]) == measure(tmp_path / STARTS, KILLED)
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["x", "3", 10**400, float("nan"), -1]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["train", "eval"]), inner),
+    max_leaves=3,
+)
+FEW = st.integers(0, 4)
+PARTS_OF_ONE = st.dictionaries(st.sampled_from(sorted(NOTHING)), FEW | st.floats(0, 9) | ODD)
+
+
+def odd_records(kinds: tuple[str, ...], *numbers: str) -> st.SearchStrategy[list]:
+    """Records most of whose values are what they should be, and other JSON among them."""
+    fields = dict.fromkeys(numbers, FEW | FEW | ODD)
+    named = {"kind": st.sampled_from(kinds) | ODD, "parts": PARTS_OF_ONE | ODD, "status": st.just("stopped") | ODD}
+    return st.lists(st.fixed_dictionaries({}, optional={**fields, **named}) | ODD, max_size=8)
+
+
+@given(
+    odd_records(("start", "beat"), "start", "time", "step", "tokens", "step_s", "skipped_s", "steps"),
+    odd_records(("train", "eval"), "step", "tokens", "loss", "tokens_per_s", "bits_per_byte"),
+)
+def test_any_records_have_a_status(tmp_path_factory: pytest.TempPathFactory, starts: list, metrics: list) -> None:
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "config.toml").touch()
+    for name, entries in ((STARTS, starts), ("metrics.jsonl", metrics)):
+        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    starts_in_vain(read_starts(folder / STARTS))
+    found = measure_goodput(read_starts(folder / STARTS))
+    assert found is None or all(map(math.isfinite, found.to_json().values()))
+    status = read_status(folder)
+    assert status.goodput == found
+    assert format_status([status], as_json=False)
+    assert json.loads(format_status([status], as_json=True))["step"] >= 0
 
 
 def test_skipped_updates_that_stay_are_apart(tmp_path: Path) -> None:
