@@ -1,7 +1,8 @@
 """Runs as slurm jobs, on a real slurm (`make slurm-test`): whatever slurm does to a job, the weights are the same.
 
 Each run is stopped in the end by the file STOP, wherever it has come to by then, and compared bit for bit with one that
-nothing happened to, started without slurm and stopped after the same step.
+nothing happened to, started without slurm and stopped after the same step. How long it took is printed, and goes into
+docs/faults.md with `HEADRACE_WRITE_DOCS=1`.
 """
 
 import json
@@ -24,6 +25,21 @@ pytestmark = [
     pytest.mark.skipif("HEADRACE_SLURM" not in os.environ, reason="starts slurm's daemons: run `make slurm-test`"),
 ]
 HEADRACE = (sys.executable, "-m", "headrace")
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+BEGIN, END = "<!-- table of slurm -->\n", "<!-- end of slurm -->"
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, float]]]:
+    """By what was done: seconds until the job ran again, and from then to twenty new steps."""
+    found: dict[str, tuple[float, float]] = {}
+    yield found
+    lines = ["| what was done | s until the job runs again | s from then to 20 new steps |", "| --- | ---: | ---: |"]
+    lines += [f"| {what} | {first:.0f} | {then:.0f} |" for what, (first, then) in found.items()]
+    print("\n" + "\n".join(lines))
+    if os.environ.get("HEADRACE_WRITE_DOCS") == "1" and not request.session.testsfailed:
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +50,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def run(cluster: Cluster, tmp_path: Path, data: Path) -> "SlurmRun":
-    return SlurmRun(cluster, tmp_path, data)
+def run(cluster: Cluster, tmp_path: Path, data: Path, table: dict[str, tuple[float, float]]) -> "SlurmRun":
+    return SlurmRun(cluster, tmp_path, data, table)
 
 
 class SlurmRun:
     """A run without end on two nodes, one process on each."""
 
-    def __init__(self, cluster: Cluster, folder: Path, data: Path) -> None:
-        self.cluster, self.root = cluster, folder
+    def __init__(self, cluster: Cluster, folder: Path, data: Path, table: dict[str, tuple[float, float]]) -> None:
+        self.cluster, self.root, self._table = cluster, folder, table
         self.folder = folder / "job"
         self.config = folder / "tiny.toml"
         text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 9999999")
@@ -68,6 +84,14 @@ class SlurmRun:
         before = self.steps()
         self.cluster.wait_for(lambda: self.steps() >= before + more, f"{more} steps after {before}")
 
+    def comes_back(self, job: str, what: str) -> None:
+        """Wait until it runs, and takes steps, after `what`, and note how long that takes."""
+        began = time.monotonic()
+        self.cluster.wait_for(lambda: self.cluster.state(job) == "RUNNING", "the job to run again")
+        runs = time.monotonic()
+        self.wait_for_steps()
+        self._table[what] = runs - began, time.monotonic() - runs
+
     def log(self) -> str:
         """Of all jobs."""
         return "".join(path.read_text() for path in sorted((self.folder / "logs").glob("job-*[0-9].log")))
@@ -92,8 +116,8 @@ def test_time_limits_make_a_chain_of_jobs(run: SlurmRun) -> None:
     job = run.submit("--time", "1", "--signal-ahead", "55")
     queued = "asked to stop ahead of the time limit"
     run.cluster.wait_for(lambda: run.log().count(queued) >= 4, "four hops", 500)
-    run.wait_for_steps()
-    print(f"four hops, stopped after step {run.stop_and_compare(job)}")
+    run.comes_back(job, "time limit, for the fourth time")
+    run.stop_and_compare(job)
     assert "crash" not in run.log()
 
 
@@ -105,7 +129,7 @@ def test_a_higher_partition_preempts(run: SlurmRun) -> None:
     )
     run.cluster.wait_for(lambda: run.cluster.state(urgent) == "COMPLETED", "the urgent job")
     assert json.loads((run.folder / "STOPPED").read_text())["reason"] == "SIGTERM"
-    run.wait_for_steps()
+    run.comes_back(job, "preemption by a higher partition, from when its job is done")
     run.stop_and_compare(job)
 
 
@@ -119,29 +143,27 @@ def test_a_cancelled_job_has_saved(run: SlurmRun) -> None:
     assert stopped["reason"] == "SIGTERM"
     assert latest_checkpoint(run.folder / "checkpoints").name == f"step-{stopped['step']:08}"
     again = run.submit()
-    run.wait_for_steps()
+    run.comes_back(again, "scancel, from when it is submitted again")
     run.stop_and_compare(again)
 
 
-def lose_for_long(run: SlurmRun, node: str, lose: Callable[[str], None], regain: Callable[[str], None]) -> None:
+def lose_for_long(
+    run: SlurmRun, node: str, what: str, lose: Callable[[str], None], regain: Callable[[str], None]
+) -> None:
     """Until slurm misses the node; the job runs again when it is back, and ends with the same weights."""
     job = run.submit()
     run.wait_for_steps()
     lose(node)
     run.cluster.wait_for(lambda: run.cluster.state(job) != "RUNNING", "slurm to miss the node")
     regain(node)
-    began = time.monotonic()
-    run.cluster.wait_for(lambda: run.cluster.state(job) == "RUNNING", "the job to run again")
-    free = time.monotonic()
-    run.wait_for_steps()
-    print(f"{node}: {free - began:.0f} s until the job ran again, {time.monotonic() - free:.0f} s until 20 new steps")
+    run.comes_back(job, f"{what} of {node} until slurm misses it, from when it is back")
     run.stop_and_compare(job)
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_a_node_loses_power(run: SlurmRun, node: str) -> None:
     """The first runs the batch script too; slurm finds out after its timeout, and queues the job again."""
-    lose_for_long(run, node, run.cluster.cut_power, run.cluster.start_node)
+    lose_for_long(run, node, "power cut", run.cluster.cut_power, run.cluster.start_node)
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
@@ -150,7 +172,7 @@ def test_a_node_is_back_before_slurm_misses_it(run: SlurmRun, node: str) -> None
     run.wait_for_steps()
     run.cluster.cut_power(node)
     run.cluster.start_node(node)
-    run.wait_for_steps()
+    run.comes_back(job, f"power cut of {node}, back at once")
     run.stop_and_compare(job)
 
 
@@ -161,7 +183,7 @@ def test_a_cable_is_out_for_a_moment(run: SlurmRun) -> None:
     run.cluster.pull_cable("n2")
     time.sleep(3)
     run.cluster.plug_in("n2")
-    run.wait_for_steps()
+    run.comes_back(job, "network cable out for 3 s, from when it is back")
     run.stop_and_compare(job)
     assert "a start ended" not in run.log()
 
@@ -169,7 +191,7 @@ def test_a_cable_is_out_for_a_moment(run: SlurmRun) -> None:
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_a_cable_is_pulled(run: SlurmRun, node: str) -> None:
     """Both ends go on computing, and cannot tell each other; slurm misses the node, and queues the job again."""
-    lose_for_long(run, node, run.cluster.pull_cable, run.cluster.plug_in)
+    lose_for_long(run, node, "network cable out", run.cluster.pull_cable, run.cluster.plug_in)
 
 
 def test_a_killed_rank_is_started_again_in_the_same_job(run: SlurmRun) -> None:
@@ -180,7 +202,7 @@ def test_a_killed_rank_is_started_again_in_the_same_job(run: SlurmRun) -> None:
     )
     assert victims.stdout
     os.kill(int(victims.stdout.split()[-1]), 9)
-    run.wait_for_steps()
+    run.comes_back(job, "kill -9 of a rank")
     assert run.log().count("a start ended with status") == 1
     run.stop_and_compare(job)
 
