@@ -19,6 +19,10 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+# Tests may be under nohup themselves.
+HEARS_ALL = ("env", "--default-signal=HUP")
+
+
 def start_training(folder: Path, data: Path, *before: str) -> subprocess.Popen[str]:
     """A launcher in a process group of its own, whose two ranks have begun to train; `before`, as nohup."""
     config = folder / "tiny.toml"
@@ -44,14 +48,17 @@ def start_training(folder: Path, data: Path, *before: str) -> subprocess.Popen[s
     ],
 )
 def test_a_signal_ends_all(tmp_path: Path, data: Path, whom: str, how: signal.Signals, status: int, line: str) -> None:
-    launcher = start_training(tmp_path, data)
+    launcher = start_training(tmp_path, data, *HEARS_ALL)
     ranks = children(launcher.pid)
     assert len(ranks) == 2
     if whom == "group":
         os.killpg(launcher.pid, how)
     else:
         os.kill(launcher.pid if whom == "launcher" else ranks[1], how)
-    _, error = launcher.communicate(timeout=60)
+    try:
+        _, error = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
     assert launcher.returncode == status
     assert [said.startswith(line) for said in error.splitlines()].count(True) == 1
     assert "Traceback" not in error

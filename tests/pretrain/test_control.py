@@ -30,6 +30,7 @@ def run(config: Config, kicked: int | None = None, number: int = signal.SIGUSR1)
         return self
 
     world = this_world()
+    signal.signal(number, signal.SIG_DFL)  # tests under nohup ignore one
     with mock.patch.object(Control, "__enter__", enter_and_kick):
         step = train(config, world).step
     assert signal.getsignal(number) is signal.SIG_DFL
