@@ -228,18 +228,28 @@ def _call(address: tuple[str, str, str], payload: bytes) -> Any:
     """The function's result; the group is left afterwards."""
     import torch.distributed as dist
 
+    library = _library()
     try:
         module, file, name = address
         function: Any = _load_module(module, file)
         for part in name.split("."):
             function = getattr(function, part)
-        return function(*pickle.loads(payload))
+        result = function(*pickle.loads(payload))
+        assert _library() == library, "matrix products are another library's now: later tests would see other bits"
+        return result
     finally:
         dist.destroy_process_group()
         _forget_meshes()
         # Groups hang in cycles, each with threads that poll: a thousand of them take more time than the tests.
         if len(os.listdir("/proc/self/task")) > MAX_THREADS:
             gc.collect()
+
+
+def _library() -> str:
+    """Which library multiplies matrices in this process (see kernels/products.py)."""
+    import torch
+
+    return str(torch.backends.mkldnn.matmul.fp32_precision)
 
 
 def _forget_meshes() -> None:

@@ -37,8 +37,9 @@ from headrace.launch.storage import (
     file_system_fault,
     verify_data,
 )
+from headrace.parallel import mesh
 from headrace.parallel.config import ParallelConfig
-from headrace.parallel.mesh import World, start_world
+from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import load_full
 from tiny import CONFIG, tiny_config, train_tiny
 
@@ -314,23 +315,16 @@ def test_open_files() -> None:
         assert check_open_files(10**6).status == "ok"
 
 
-def raise_limit(fails: bool) -> tuple[int, int]:
-    """The limits in a process that began with 256 open files, in its world."""
-    dist.destroy_process_group()
+@pytest.mark.parametrize("fails", [False, True])
+def test_as_many_files_may_be_open_as_the_system_allows(fails: bool) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
         with mock.patch("resource.setrlimit", side_effect=ValueError) if fails else nullcontext():
-            start_world()
-        return resource.getrlimit(resource.RLIMIT_NOFILE)
+            mesh._allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256 if fails else before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_as_many_files_may_be_open_as_the_system_allows(gloo: Callable) -> None:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert gloo(1, raise_limit, False) == [(hard, hard)]
-    assert gloo(1, raise_limit, True) == [(256, hard)]
 
 
 def look(folder: Path) -> list[Finding]:
