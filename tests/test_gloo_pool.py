@@ -74,13 +74,17 @@ def test_failures_name_the_rank_and_leave_the_pool_usable(gloo):
     assert len(gloo(2, _pid)) == 2
 
 
+def call_for(seconds: float, gloo: Callable) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        gloo(1, _pid)
+
+
 def test_a_worker_that_dies_between_calls_fails_one_call(gloo: Callable) -> None:
     victim = gloo(2, _pid)[1]
     os.kill(victim, signal.SIGUSR1)
-    until = time.monotonic() + 30.0
     with pytest.raises(WorkerError, match=rf"exit status by rank: .*1: -{signal.SIGUSR1:d}"):
-        while time.monotonic() < until:  # the last of its threads takes a moment
-            gloo(1, _pid)
+        call_for(30.0, gloo)  # its threads take a moment to end
     assert victim not in gloo(2, _pid)
 
 
