@@ -1,7 +1,9 @@
 """What every test may use: the gloo worker pool, the hypothesis profile, and the rule for GPU tests."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Shows the table of faults where those were asked for, and writes it where documents are to be written."""
+    """Shows the slowest files with `--durations`; and the table of faults where those were asked for, or writes it."""
+    if config.option.durations:
+        seconds: Counter[str] = Counter()
+        for report in chain.from_iterable(terminalreporter.stats.values()):
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+        terminalreporter.section("slowest files")
+        for name, spent in seconds.most_common(config.option.durations):
+            terminalreporter.write_line(f"{spent:.0f}s {name}")
     if config.option.markexpr != "fault":
         return
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
