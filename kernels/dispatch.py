@@ -87,7 +87,8 @@ def _check_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is not known; use one of {', '.join(BACKENDS)}")
 
 
-@torch.compiler.disable
+# As torch.compiler.disable, which loads the compiler at once: a second in every process, a launcher's too.
+@torch._disable_dynamo
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
