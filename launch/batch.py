@@ -167,6 +167,12 @@ step_in() {{ local n; n=$(sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{
 step() {{ status | step_in; }}
 finished() {{ status | grep -q '"state": "finished"'; }}
 
+kill_step() {{
+  scancel --quiet --signal=KILL "$SLURM_JOB_ID.$1"
+  sleep {look_every_s}
+  kill -9 "$2" 2>/dev/null
+}}
+
 # An srun whose node was away for a moment waits for it long after the run has ended: such a step is cancelled, and so
 # is one that does nothing, whatever it waits for.
 watch_over() {{
@@ -177,9 +183,7 @@ watch_over() {{
     if [ -n "$told" ] && [ "$step" != "$last" ]; then last=$step since=$SECONDS; fi
     if [ {stall_s} -gt 0 ] && [ $((SECONDS - since)) -ge {stall_s} ]; then
       echo "no new step for {stall_s} s: killed"
-      scancel --quiet --signal=KILL "$SLURM_JOB_ID.$1"
-      sleep {look_every_s}
-      kill -9 "$2" 2>/dev/null
+      kill_step "$1" "$2"
       return
     fi
     case $told in
@@ -204,7 +208,7 @@ tell_time() {{
   {{ sleep {late_s}; kill -USR2 $$; }} >/dev/null 2>&1 & alarm=$!
 }}
 trap tell_time USR1
-trap 'echo "not stopped in time: killed"; scancel --quiet --signal=KILL "$SLURM_JOB_ID.$number"' USR2
+trap 'echo "not stopped in time: killed"; kill_step $number $srun' USR2
 trap 'ended=1' TERM
 # Of a job before this one, if its start crashed ahead of obeying, or its node.
 if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
