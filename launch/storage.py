@@ -70,7 +70,7 @@ def check_run_folder(config: Config) -> Finding:
             return Finding("run folder", "FAIL", f"{base}: {fault}; choose another run.root")
     good = f"{base} is writable, renames in one step and locks"
     if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
-        return Finding("run folder", "warn", f"{folder} may be written to by everyone; chmod o-w {folder}")
+        return Finding("run folder", "FAIL", f"{folder} may be written to by everyone; chmod o-w {folder}")
     if not (folder / "config.toml").exists():
         return Finding("run folder", "ok", f"{good}; {folder} is new")
     check_unchanged(folder, config)

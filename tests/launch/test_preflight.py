@@ -189,7 +189,7 @@ def test_run_folders(tmp_path: Path, data: Path) -> None:
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         check_run_folder(other)
     folder.chmod(0o777)
-    assert check_run_folder(config).status == "warn"
+    assert check_run_folder(config).status == "FAIL"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".preflight")] == []
 
 
