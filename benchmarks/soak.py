@@ -33,7 +33,7 @@ from headrace.pretrain.goodput import Goodput, measure_goodput, read_starts
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny import CONFIG, prepare_tiny  # noqa: E402  the corpus and the model that the tests have
+from tiny import prepare_tiny, tiny_file  # noqa: E402  the corpus and the model that the tests have
 
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- table of the soak -->\n", "<!-- end of the soak -->\n"
@@ -272,8 +272,7 @@ def soak(out: Path, minutes: float, every_s: float, seed: int, steps: int | None
     """
     out.mkdir(parents=True)
     data = prepare_tiny(out)
-    config = out / "soak.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{out}"\n[data]\nfolder = "{data}"'))
+    config = tiny_file(out, data)
     brief = [*OPTIONS, f"train.steps={CALIBRATION_STEPS}"]
     pair = [Undisturbed(config, [*brief, f"run.name=calibration-{number}"], out) for number in (1, 2)]
     step_s = statistics.mean(run.finish() for run in pair)  # two at once, as the two runs below

@@ -16,10 +16,10 @@ import pytest
 
 from fault_table import times
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
-from tiny import CONFIG, prepare_tiny
+from tiny import prepare_tiny, tiny_file
 
 KILLS = times(2, 200)
-OTHER_RANKS_KILLS = times(2, 40)
+STEADY = 'kind = "adamw"\nlr = 1e-4'  # under which rounding does not grow; it does, late in a run, under `muon`
 started: list[subprocess.Popen[bytes]] = []
 
 
@@ -98,14 +98,9 @@ def assert_same_bits(folder: Path, expected: Path) -> None:
 
 
 @pytest.mark.fault("kill -9 of the launcher alone", "its ranks end too: no process stays behind")
-def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+def test_ranks_end_with_their_launcher(tmp_path: Path, data: Path) -> None:
     """Only the launcher is killed; a rank that trained on would hold the run folder for ever."""
-    data = prepare_tiny(tmp_path)
-    config = tmp_path / "tiny.toml"
-    config.write_text(
-        CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999")
-    )
-    launcher = start(config, "orphan")
+    launcher = start(tiny_file(tmp_path, data, steps=99999), "orphan")
     while steps_on_record(tmp_path / "orphan") < 1:
         assert launcher.poll() is None
         time.sleep(0.05)
@@ -120,12 +115,9 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("SIGTERM, SIGUSR1 to the launcher", "saved and stopped; the next start goes on")
-def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_saves_and_stops(tmp_path: Path, data: Path) -> None:
     """SIGUSR1, as slurm sends ahead of a time limit, and SIGTERM; the next start goes on."""
-    data = prepare_tiny(tmp_path)
-    config = tmp_path / "tiny.toml"
-    text = CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"')
-    config.write_text(text.replace("steps = 6", "steps = 99999").replace("every_steps = 2", "every_steps = 0"))
+    config = tiny_file(tmp_path, data, steps=99999, every_steps=0)
     before = 0
     for number, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
         launcher = start(config, "asked")
@@ -185,9 +177,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     @cache
     def config_of(steps: int) -> Path:
         folder = tmp_path_factory.mktemp(f"whole-{steps}")
-        config, data = folder / "tiny.toml", prepare_tiny(folder)
-        text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"')
-        config.write_text(text.replace("steps = 6", f"steps = {steps}").replace("every_steps = 2", "every_steps = 5"))
+        config = tiny_file(folder, prepare_tiny(folder), steps=steps, every_steps=5)
+        config.write_text(config.read_text().replace('kind = "muon"', STEADY))
         assert start(config, "whole").wait(240 + steps) == 0, (folder / "whole.log").read_text()
         assert [step for step, _, _ in losses(folder / "whole")] == list(range(1, steps + 1))
         return config
@@ -220,10 +211,10 @@ def test_killed_runs_end_as_the_uninterrupted_one(whole: Callable[[int], Path], 
 @pytest.mark.fault(
     "kill -9, the next start on 1, 2 or 4 ranks", "goes on; no step lost or repeated, the same data; equal to rounding"
 )
-@pytest.mark.timeout(300 + 30 * OTHER_RANKS_KILLS)
+@pytest.mark.timeout(300 + 30 * KILLS)
 def test_killed_runs_go_on_on_other_numbers_of_ranks(whole: Callable[[int], Path], record_property: Callable) -> None:
-    config = whole(steps_for(OTHER_RANKS_KILLS))
-    killed = losses(kill_often(config, "other-ranks", OTHER_RANKS_KILLS, [4, 1, 2], record_property))
+    config = whole(steps_for(KILLS))
+    killed = losses(kill_often(config, "other-ranks", KILLS, [4, 1, 2], record_property))
     never = losses(config.parent / "whole")
     assert [row[:2] for row in killed] == [row[:2] for row in never]
-    assert [row[2] for row in killed] == pytest.approx([row[2] for row in never], rel=1e-3)
+    assert [row[2] for row in killed] == pytest.approx([row[2] for row in never], rel=1e-5)

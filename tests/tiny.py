@@ -95,6 +95,15 @@ def losses(config: Config) -> list[float]:
     return [record["loss"] for record in records(config, "train")]
 
 
+def tiny_file(folder: Path, data: Path, steps: int = 6, every_steps: int = 2) -> Path:
+    """`tiny.toml` in `folder`, of a tiny run under it that is saved each `every_steps`."""
+    path = folder / "tiny.toml"
+    text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"')
+    text = text.replace("steps = 6", f"steps = {steps}").replace("every_steps = 2", f"every_steps = {every_steps}")
+    path.write_text(text)
+    return path
+
+
 def tiny_config(folder: Path, data: Path, *overrides: str) -> Config:
     """The configuration of a tiny run under `folder`."""
     path = folder / "tiny.toml"

@@ -10,14 +10,12 @@ import pytest
 
 from headrace import __version__
 from headrace.launch.cli import main, parse
-from tiny import CONFIG
+from tiny import tiny_file
 
 
 @pytest.fixture
 def config(tmp_path: Path, data: Path) -> str:
-    path = tmp_path / "tiny.toml"
-    path.write_text(CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"'))
-    return str(path)
+    return str(tiny_file(tmp_path, data))
 
 
 def headrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.errors import MachineError, UserError
 from headrace.launch import cli
-from tiny import CONFIG, records, tiny_config
+from tiny import records, tiny_config, tiny_file
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,7 @@ def test_whose_fault_it_was(
 @pytest.mark.fault("stderr on a full disk, or its reader gone", "lines are lost; the run goes on")
 @pytest.mark.parametrize("where", ["full disk", "closed pipe"])
 def test_lines_that_cannot_be_shown_end_nothing(tmp_path: Path, data: Path, where: str) -> None:
-    config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"'))
+    config = tiny_file(tmp_path, data)
     reader, writer = os.pipe()
     os.close(reader)
     full = os.open("/dev/full", os.O_WRONLY)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,8 @@ from headrace.parallel import recorder
 from headrace.parallel.hang import Stand, describe, find_missing, main_thread, page, waits_now
 from headrace.parallel.heartbeat import Beat
 from headrace.parallel.recorder import MOST_GROUPS, last_collectives, read_recorder
-from tiny import CONFIG
+from ranks import start_ranks
+from tiny import tiny_file
 
 # One thread looks, and leaves something behind whose end lets go of the interpreter; meanwhile others come and go.
 LOOKER = """
@@ -85,49 +85,28 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start_ranks(folder: Path, data: Path) -> list[subprocess.Popen[bytes]]:
-    """Two ranks that save never and end never."""
-    config, script = folder / "tiny.toml", folder / "sleeper.py"
-    config.write_text(
-        CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999")
-    )
-    script.write_text(SLEEPER)
-    command = [sys.executable, str(script), "train", str(config), "watch.margin_s=2", "checkpoint.every_steps=0"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        told |= {"OMP_NUM_THREADS": "1", "FALL_ASLEEP": str(folder / "FALL_ASLEEP")}
-        with (folder / f"stderr{rank}").open("w") as stderr:
-            ranks.append(subprocess.Popen(command, stderr=stderr, env={**os.environ, **told}))
-    return ranks
-
-
 @pytest.mark.fault("SIGSTOP of a rank; a rank that sleeps for ever", "found, named with every rank's stacks; all end")
 @pytest.mark.parametrize("how", ["sleeps", "is stopped"])
 def test_a_hang_is_found_written_down_and_ended(tmp_path: Path, data: Path, how: str) -> None:
     """Long before `parallel.timeout_s`, which is 10 minutes here."""
-    ranks = start_ranks(tmp_path, data)
-    try:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    config = tiny_file(tmp_path, data, steps=99999)
+    command = [sys.executable, str(script), "train", str(config), "watch.margin_s=2", "checkpoint.every_steps=0"]
+    with start_ranks(tmp_path, command, FALL_ASLEEP=str(tmp_path / "FALL_ASLEEP")) as ranks:
         metrics = tmp_path / "tiny" / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count('"train"') < 25:
-            assert ranks[0].poll() is None, (tmp_path / "stderr0").read_text()
+            assert ranks.processes[0].poll() is None, ranks.said(0)
             time.sleep(0.05)
         if how == "sleeps":
             (tmp_path / "FALL_ASLEEP").touch()
         else:
-            ranks[1].send_signal(signal.SIGSTOP)
-        ended = ranks if how == "sleeps" else ranks[:1]
-        assert [process.wait(120) for process in ended] == [1] * len(ended)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+            ranks.processes[1].send_signal(signal.SIGSTOP)
+        ended = [0, 1] if how == "sleeps" else [0]
+        assert ranks.statuses(ended, 120) == [1] * len(ended)
     logs = tmp_path / "tiny" / "logs"
     page = (logs / "hang.txt").read_text()
-    said = (tmp_path / "stderr0").read_text()
+    said = ranks.said(0)
     assert said.count("headrace: error: ") == 1
     assert "start the run again to go on from its newest checkpoint" in said
     assert str(logs / "hang.txt") in said

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from headrace.launch.local import LAUNCHER, run_processes
-from tiny import CONFIG
+from tiny import tiny_file
 
 
 def children(pid: int) -> list[int]:
@@ -25,8 +25,7 @@ HEARS_ALL = ("env", "--default-signal=HUP")
 
 def start_training(folder: Path, data: Path, *before: str) -> subprocess.Popen[str]:
     """A launcher in a process group of its own, whose two ranks have begun to train; `before`, as nohup."""
-    config = folder / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
+    config = tiny_file(folder, data)
     command = [*before, sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2", "train.steps=99999"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)

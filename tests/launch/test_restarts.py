@@ -15,7 +15,7 @@ from headrace.launch import local
 from headrace.launch.cli import main
 from headrace.launch.local import Ending, run_again_and_again
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
-from tiny import CONFIG
+from tiny import tiny_file
 
 HEADRACE = [sys.executable, "-m", "headrace"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -23,8 +23,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 def start(folder: Path, data: Path, name: str, before: list[str], after: list[str]) -> subprocess.Popen[str]:
     """A run whose command begins and ends so."""
-    config = folder / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
+    config = tiny_file(folder, data)
     overrides = ["train.steps=40", "checkpoint.every_steps=5", f"run.name={name}"]
     command = [*before, str(config), *overrides, *after]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ import pytest
 
 from headrace.errors import UserError
 from headrace.launch.slurm import adopt_slurm, expand_counts, expand_hosts
-from tiny import CONFIG, prepare_tiny
+from tiny import tiny_file
 
 TASK = {
     "SLURM_NTASKS": "8",
@@ -105,10 +105,8 @@ def test_what_is_no_number_is_named(wrong: dict[str, str]) -> None:
     assert "RANK" not in environment
 
 
-def test_two_tasks_train_together(tmp_path: Path) -> None:
-    data = prepare_tiny(tmp_path)
-    config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"'))
+def test_two_tasks_train_together(tmp_path: Path, data: Path) -> None:
+    config = tiny_file(tmp_path, data)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     job = {**TASK, "SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     tasks = [

@@ -4,13 +4,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,8 @@ import torch.distributed as dist
 
 from headrace.errors import UserError
 from headrace.parallel.watch import Watch
-from tiny import CONFIG
+from ranks import start_ranks
+from tiny import tiny_file
 
 # A process that another one is to say the end of, with its standard streams as they are.
 LEAVER = """
@@ -38,43 +37,9 @@ HOST = os.uname().nodename
 PROGRESS = re.compile(r"\d\d:\d\d:\d\d ")
 
 
-@dataclass
-class Ranks:
-    """Processes that were started one by one, as a cluster's scheduler does."""
-
-    processes: list[subprocess.Popen[bytes]]
-    folder: Path
-
-    def said(self, rank: int) -> str:
-        """What a rank wrote to stderr."""
-        return (self.folder / f"stderr{rank}").read_text()
-
-    def statuses(self, ranks: list[int], within_s: float) -> list[int]:
-        """The exit statuses of `ranks`, none of which may take longer than `within_s` from now."""
-        deadline = time.monotonic() + within_s
-        return [self.processes[rank].wait(max(0.1, deadline - time.monotonic())) for rank in ranks]
-
-
-def write_config(folder: Path, data: Path) -> Path:
-    path = folder / "tiny.toml"
-    path.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 99999"))
-    return path
-
-
-def start_ranks(folder: Path, data: Path, size: int, *overrides: str) -> Ranks:
-    """`size` processes with nothing but the environment to tell them of each other."""
-    command = [sys.executable, "-m", "headrace", "train", str(write_config(folder, data)), *overrides]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = Ranks([], folder)
-    for rank in range(size):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with (folder / f"stderr{rank}").open("w") as stderr:
-            ranks.processes.append(
-                subprocess.Popen(command, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-            )
-    return ranks
+def endless(folder: Path, data: Path) -> list[str]:
+    """The command of a run that goes on."""
+    return [sys.executable, "-m", "headrace", "train", str(tiny_file(folder, data, steps=99999))]
 
 
 def wait_for_training(folder: Path, process: subprocess.Popen) -> None:
@@ -99,28 +64,21 @@ def check_line(text: str, who: str, what: str) -> None:
 )
 def test_those_left_say_who_is_missing(tmp_path: Path, data: Path, size: int, victim: int, how: signal.Signals) -> None:
     """Rank 0 keeps the store that all beats go through."""
-    ranks = start_ranks(tmp_path, data, size, "train.batch_rows=6", f"parallel.timeout_s={TIMEOUT_S}")
-    try:
+    command = [*endless(tmp_path, data), "train.batch_rows=6", f"parallel.timeout_s={TIMEOUT_S}"]
+    with start_ranks(tmp_path, command, size) as ranks:
         wait_for_training(tmp_path, ranks.processes[0])
         ranks.processes[victim].send_signal(how)
         others = [rank for rank in range(size) if rank != victim]
         assert ranks.statuses(others, TIMEOUT_S + 5) == [1] * len(others)
-    finally:
-        for process in ranks.processes:
-            process.kill()
-            process.wait()
     for rank in others:
         check_line(ranks.said(rank), f"rank {victim}", "has not been heard of for")
 
 
 @pytest.mark.fault("SIGSTOP of a rank under a launcher", "the other ends in time; rank, host and last step named")
 def test_under_a_launcher_a_silent_rank_is_named_by_the_other(tmp_path: Path, data: Path) -> None:
-    config = write_config(tmp_path, data)
-    command = [sys.executable, "-m", "headrace", "train", str(config), "--nproc", "2"]
+    command = [*endless(tmp_path, data), "--nproc", "2", f"parallel.timeout_s={TIMEOUT_S}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [*command, f"parallel.timeout_s={TIMEOUT_S}"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for_training(tmp_path, launcher)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     other, victim = map(int, children)
@@ -144,13 +102,9 @@ def test_an_error_of_one_rank_is_reported_by_the_others(tmp_path: Path, data: Pa
     middle = len(content) // 2 // 512 * 512 + 600
     content[middle : middle + 4] = b"flip"
     shard.write_bytes(content)
-    ranks = start_ranks(tmp_path, copy, 2)
-    try:
-        assert sorted(ranks.statuses([0, 1], 200)) == [1, 2]
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    statuses = [process.wait() for process in ranks.processes]
+    with start_ranks(tmp_path, endless(tmp_path, copy)) as ranks:
+        statuses = ranks.statuses([0, 1], 200)
+    assert sorted(statuses) == [1, 2]
     failed, other = statuses.index(2), statuses.index(1)
     assert ranks.said(failed).count("headrace: error: ") == 1
     assert str(shard) in ranks.said(failed)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from headrace.errors import UserError
 from headrace.parallel.join import Place, call_roll, read_place
-from tiny import CONFIG
+from ranks import free_port
+from tiny import tiny_file
 
 HOST = os.uname().nodename
 
@@ -28,17 +29,9 @@ def taken() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def start(folder: Path, data: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     """One process of a run that the environment describes."""
-    config = folder / "tiny.toml"
-    config.write_text(CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"'))
-    command = [sys.executable, "-m", "headrace", "train", str(config), *options]
+    command = [sys.executable, "-m", "headrace", "train", str(tiny_file(folder, data)), *options]
     told = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **told})
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 
 from headrace.parallel.heartbeat import Beat
 from headrace.parallel.slow import FACTOR, LEAST_LOSS, PERSISTENT, SlowRank, SlowRanks
-from tiny import CONFIG
+from ranks import start_ranks
+from tiny import tiny_file
 
 DAWDLER = """
 import os, sys, time
@@ -71,29 +71,16 @@ def test_beats_carry_it() -> None:
 
 @pytest.mark.fault("a rank that dawdles in every step", "told of and recorded, with its host")
 def test_a_rank_that_dawdles_is_named(tmp_path: Path, data: Path) -> None:
-    config, script = tmp_path / "tiny.toml", tmp_path / "dawdler.py"
-    config.write_text(
-        CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"').replace("= 6", "= 9999")
-    )
+    script = tmp_path / "dawdler.py"
     script.write_text(DAWDLER)
-    port = str(20000 + os.getpid() % 10000)
-    ranks = []
-    for rank in range(2):
-        told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(script), "train", str(config), "checkpoint.every_steps=0"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **told}
-        ranks.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment))
+    config = tiny_file(tmp_path, data, steps=9999, every_steps=0)
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     found: list[dict] = []
-    try:
+    with start_ranks(tmp_path, [sys.executable, str(script), "train", str(config)]) as ranks:
         while not found:
-            assert ranks[0].poll() is None
+            assert ranks.processes[0].poll() is None, ranks.said(0)
             time.sleep(0.1)
             lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []
             found = [record for record in map(json.loads, lines) if record["kind"] == "slow_rank"]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
     assert (found[0]["rank"], found[0]["host"]) == (1, os.uname().nodename)
     assert found[0]["own_s"] > 1.3 * found[0]["others_s"]

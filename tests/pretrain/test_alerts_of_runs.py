@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from headrace.pretrain.checkpoint.storage import PieceWriter
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.run_clock import STARTS
+from ranks import start_ranks
 from tiny import records, tiny_config, train_tiny
 
 # Appends what it is given to the file that its first argument names.
@@ -109,22 +109,9 @@ def test_a_rank_that_dawdles_and_then_hangs(tmp_path: Path, data: Path) -> None:
     config = telling(tmp_path, data, "train.steps=9999", "checkpoint.every_steps=0", "watch.margin_s=1")
     (tmp_path / "run.toml").write_text(config.to_toml())
     (tmp_path / "tired.py").write_text(TIRED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, **told, "OMP_NUM_THREADS": "1", "KEPT": str(tmp_path / "kept")}
     command = [sys.executable, str(tmp_path / "tired.py"), "train", str(tmp_path / "run.toml")]
-    ranks = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [1, 1], said
+    with start_ranks(tmp_path, command, KEPT=str(tmp_path / "kept")) as ranks:
+        assert ranks.statuses([0, 1], 200) == [1, 1], ranks.said(0)
     slow, stall = kept(tmp_path)
     assert (slow["alert"], stall["alert"]) == ("slow_rank", "stall")
     (record,) = records(config, "slow_rank")
@@ -134,7 +121,7 @@ def test_a_rank_that_dawdles_and_then_hangs(tmp_path: Path, data: Path) -> None:
     assert stall["step"] == records(config, "train")[-1]["step"]
     assert stall["text"].startswith(f"rank 1 ({HOST}) did not come to where the others wait in step ")
     assert "time.sleep(99999)" in stall["text"]
-    assert f"headrace: error: {stall['text']}" in said[0]
+    assert f"headrace: error: {stall['text']}" in ranks.said(0)
 
 
 # Read by every Python that starts: the processes of a run fail in their first step.

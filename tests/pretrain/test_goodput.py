@@ -20,7 +20,7 @@ from headrace.parallel.mesh import process_began_s
 from headrace.pretrain.goodput import PARTS, Goodput, measure_goodput, read_starts, starts_in_vain
 from headrace.pretrain.report import read_curves, with_starts, write_report
 from headrace.pretrain.run_clock import STARTS, RunClock
-from tiny import CONFIG, tiny_config, train_tiny
+from tiny import tiny_config, tiny_file, train_tiny
 
 NOTHING = {"startup": 0.0, "train": 0.0, "eval": 0.0, "save": 0.0, "close": 0.0}
 
@@ -263,9 +263,7 @@ def check_what_is_shown(folder: Path, found: Goodput) -> None:
 
 
 def test_kill_9_loses_no_record(tmp_path: Path, data: Path) -> None:
-    config = tmp_path / "tiny.toml"
-    text = CONFIG.replace("[data]", f'root = "{tmp_path}"\n[data]\nfolder = "{data}"')
-    config.write_text(text.replace("steps = 6", "steps = 99999").replace("every_steps = 2", "every_steps = 3"))
+    config = tiny_file(tmp_path, data, steps=99999, every_steps=3)
     command = [sys.executable, "-m", "headrace", "train", str(config)]
     began = time.time()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

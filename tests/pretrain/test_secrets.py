@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.launch.cli import main
+from ranks import free_port, start_ranks
 from tiny import tiny_config
 
 CANARIES = {
@@ -44,35 +42,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def run(folder: Path, secrets: dict[str, str]) -> list[str]:
+def run(folder: Path, secrets: dict[str, str]) -> str:
     """What the two processes of a run printed, of which the second crashes in step 4."""
     (folder / "crashing.py").write_text(CRASHING)
     command = [sys.executable, str(folder / "crashing.py"), "train", str(folder / "run.toml")]
-    environment = {**os.environ, **secrets, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment, "RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [1, 1], said
-    return said
+    with start_ranks(folder, command, **secrets) as ranks:
+        assert ranks.statuses([0, 1], 200) == [1, 1], ranks.said(0)
+    return ranks.said(0) + ranks.said(1)
 
 
 def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -87,9 +63,7 @@ def test_secrets_stay_in_the_environment(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secrets = dict(CANARIES)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        secrets["HEADRACE_ALERTS"] = f"http://127.0.0.1:{closed.getsockname()[1]}/{CANARIES['HEADRACE_ALERTS']}"
+    secrets["HEADRACE_ALERTS"] = f"http://127.0.0.1:{free_port()}/{CANARIES['HEADRACE_ALERTS']}"
     optional = [
         f"log.{name}={value}" for name, value in (("tensorboard", "true"), ("wandb", "offline")) if find_spec(name)
     ]
@@ -100,7 +74,7 @@ def test_secrets_stay_in_the_environment(
     folder = config.run.folder
     folder.mkdir()
     (folder / "PROFILE").touch()
-    said = "".join(run(tmp_path, secrets))
+    said = run(tmp_path, secrets)
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     for look in (["status", str(folder)], ["ls", str(folder)], ["launch", str(tmp_path / "run.toml"), "--dry-run"]):

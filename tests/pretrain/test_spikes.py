@@ -1,9 +1,6 @@
 """Spikes of the loss: skipped, and when they last, the run goes back and leaves their rows out, the same each time."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,8 @@ from headrace.pretrain.engine import Engine
 from headrace.pretrain.run import checkpoints
 from headrace.pretrain.spikes import SpikeGuard, SpikesConfig
 from headrace.pretrain.trainer import train
-from tiny import records, this_world, tiny_config
+from ranks import start_ranks
+from tiny import records, this_world, tiny_config, tiny_file
 
 # Three batches of four rows are trained on before the first spike, in the fourth step.
 ON = ("spikes.deviations=20", "spikes.window=3", "spikes.patience=2", "train.steps=8")
@@ -215,20 +213,11 @@ sys.exit(main(sys.argv[1:]))
 def test_from_the_command_line(tmp_path: Path, data: Path) -> None:
     script = tmp_path / "harmed.py"
     script.write_text(HARMED)
-    processes = []
+    config = str(tiny_file(tmp_path, data))
     for name in ("spiked", "never"):
-        config = tiny_config(tmp_path, data, *ON, f"run.name={name}")
-        (tmp_path / f"{name}.toml").write_text(config.to_toml())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, str(script), name, "train", str(tmp_path / f"{name}.toml")]
-        for rank in range(2):
-            told = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **told}
-            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
-    told = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, told
+        command = [sys.executable, str(script), name, "train", config, *ON, f"run.name={name}"]
+        with start_ranks(tmp_path, command) as ranks:
+            assert ranks.statuses([0, 1], 200) == [0, 0], ranks.said(0)
     mine, theirs = (tiny_config(tmp_path, data, *ON, f"run.name={name}") for name in ("spiked", "never"))
     check_same(mine, theirs)
     (rewind,) = records(mine, "rewind")

@@ -17,7 +17,7 @@ import pytest
 
 from cluster import Cluster
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
-from tiny import CONFIG
+from tiny import tiny_file
 
 pytestmark = [
     pytest.mark.slurm,
@@ -60,9 +60,7 @@ class SlurmRun:
     def __init__(self, cluster: Cluster, folder: Path, data: Path, table: dict[str, tuple[float, float]]) -> None:
         self.cluster, self.root, self._table = cluster, folder, table
         self.folder = folder / "job"
-        self.config = folder / "tiny.toml"
-        text = CONFIG.replace("[data]", f'root = "{folder}"\n[data]\nfolder = "{data}"').replace("= 6", "= 9999999")
-        self.config.write_text(text.replace("every_steps = 2", "every_steps = 40"))
+        self.config = tiny_file(folder, data, steps=9999999, every_steps=40)
 
     def submit(self, *options: str) -> str:
         """The number of the job."""
