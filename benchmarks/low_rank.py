@@ -19,7 +19,10 @@ from headrace.parallel.config import ParallelConfig
 from headrace.parallel.dry_run import fake_world
 from headrace.parallel.traffic import Traffic
 from headrace.pretrain.config import Config, load_config
-from headrace.pretrain.optimizers import AdamW, LowRank, Optimizer, OptimizerConfig
+from headrace.pretrain.optimizers.adamw import AdamW
+from headrace.pretrain.optimizers.config import OptimizerConfig
+from headrace.pretrain.optimizers.low_rank.optimizer import LowRank
+from headrace.pretrain.optimizers.sharded import Optimizer
 
 # A quarter of the model's width, as Subspace-Momentum's paper has it; narrower matrices go to AdamW.
 RANK = 48

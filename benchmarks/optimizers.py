@@ -25,7 +25,10 @@ import torch
 from headrace.kernels.adamw_8bit import BlockGrid, Moments, Update, adamw_8bit_
 from headrace.model.lm import HybridLM
 from headrace.model.presets import PRESETS
-from headrace.pretrain.optimizers import LowRankConfig, OptimizerConfig, build_optimizers, state_size
+from headrace.pretrain.optimizers.build import build_optimizers
+from headrace.pretrain.optimizers.config import OptimizerConfig
+from headrace.pretrain.optimizers.low_rank.config import LowRankConfig
+from headrace.pretrain.optimizers.size import state_size
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 METHODS = (

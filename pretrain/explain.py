@@ -27,8 +27,9 @@ from ..parallel.traffic import Sent, Traffic
 from .build import build_stage, compute_dtype
 from .config import Config
 from .engine import Engine
-from .optimizers import Optimizer, build_optimizers, state_size
-from .optimizers.sharded import local_part
+from .optimizers.build import build_optimizers
+from .optimizers.sharded import Optimizer, local_part
+from .optimizers.size import state_size
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .checkpoint import (
     set_aside,
 )
 from .memory import Kept
-from .optimizers import Optimizer
+from .optimizers.sharded import Optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ..parallel.comm import do_together
 from ..parallel.pulse import Pulse
 from .checkpoint import checkpoint_step, list_checkpoints, remove_checkpoint
 from .config import Config
-from .optimizers import LowRank
+from .optimizers.low_rank.optimizer import LowRank
 from .resume import Progress, resume_training
 from .run import Run, checkpoints, open_loader, skipped_rows_file
 from .run_folder import replace_file

@@ -24,7 +24,9 @@ from .engine import Engine
 from .memory import MemoryCopies
 from .memory_run import open_memory, report_copies, search_memory, tell_resumed
 from .metrics import Metrics
-from .optimizers import Optimizer, build_optimizers, check_parameters, state_size
+from .optimizers.build import build_optimizers, check_parameters
+from .optimizers.sharded import Optimizer
+from .optimizers.size import state_size
 from .profile import StepProfiler
 from .resume import Facts, Progress, first_says, resume_training, take_snapshot, training_tensors
 from .run_clock import RunClock

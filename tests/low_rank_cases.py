@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import low_rank_references as references
-from headrace.pretrain.optimizers import LowRank, LowRankConfig
-from headrace.pretrain.optimizers.low_rank.optimizer import METHODS
+from headrace.pretrain.optimizers.low_rank.config import LowRankConfig
+from headrace.pretrain.optimizers.low_rank.optimizer import METHODS, LowRank
 
 # Rows and columns that no number of ranks divides, matrices of which some ranks have no rows, experts.
 SHAPES = {"tall": (10, 6), "uneven": (5, 7), "narrow": (3, 8), "few": (5, 3), "stack": (4, 6, 8)}

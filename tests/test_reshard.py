@@ -12,7 +12,7 @@ from headrace.parallel.mesh import build_mesh
 from headrace.pretrain.build import build_engine
 from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, load_full
 from headrace.pretrain.config import Config
-from headrace.pretrain.optimizers import build_optimizers
+from headrace.pretrain.optimizers.build import build_optimizers
 from headrace.pretrain.resume import training_tensors
 from headrace.pretrain.run import checkpoints
 from tiny import this_world, tiny_config, train_tiny

@@ -14,7 +14,7 @@ from .adamw import AdamW
 from .adamw_8bit import AdamW8bit
 from .apex import ApexAdamW
 from .config import GroupConfig, OptimizerConfig
-from .low_rank import METHODS, LowRank, check_rank
+from .low_rank.optimizer import METHODS, LowRank, check_rank
 from .muon import Muon
 from .sharded import Optimizer
 

@@ -21,7 +21,7 @@ from headrace.parallel.traffic import Sent, Traffic
 from headrace.pretrain.build import build_engine
 from headrace.pretrain.config import Config, load_config
 from headrace.pretrain.explain import default_world, explain
-from headrace.pretrain.optimizers import build_optimizers
+from headrace.pretrain.optimizers.build import build_optimizers
 from headrace.pretrain.optimizers.sharded import local_part
 from tiny import this_world
 

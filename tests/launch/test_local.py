@@ -84,6 +84,14 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path, data: Path) -> Non
     assert launcher.returncode == 143
 
 
+def test_a_launcher_loads_little() -> None:
+    """What spreads and compiles models is as much again as torch itself, at every start."""
+    code = "import sys, headrace.launch.local, headrace.pretrain.config; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert {"torch.distributed.tensor", "torch._dynamo", "triton", "sympy"}.isdisjoint(loaded)
+
+
 def test_a_launcher_does_not_mark_its_own_process() -> None:
     """A later command of the same process would take itself for a rank whose launcher is gone, and end."""
     assert run_processes(["report", "nowhere"], 1).status == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headrace.errors import UserError
-from headrace.pretrain.optimizers import AdamW
+from headrace.pretrain.optimizers.adamw import AdamW
 from headrace.pretrain.optimizers.apex import ApexAdamW
 
 

@@ -22,10 +22,13 @@ from headrace.model.mixers.mamba2 import Mamba2Config
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.mesh import build_mesh
 from headrace.pretrain.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from headrace.pretrain.optimizers import AdamW, LowRank, LowRankConfig, OptimizerConfig, build_optimizers
+from headrace.pretrain.optimizers.adamw import AdamW
+from headrace.pretrain.optimizers.build import build_optimizers
+from headrace.pretrain.optimizers.config import OptimizerConfig
 from headrace.pretrain.optimizers.low_rank.bases import leading_directions, sketch_size
-from headrace.pretrain.optimizers.low_rank.config import MethodName
+from headrace.pretrain.optimizers.low_rank.config import LowRankConfig, MethodName
 from headrace.pretrain.optimizers.low_rank.layout import MatrixLayout
+from headrace.pretrain.optimizers.low_rank.optimizer import LowRank
 from low_rank_cases import CASES, CODED, CODED_NAMES, GO, LR_SCALES, NAMES, SKIP, STEPS, build, draw, take_steps
 from spread import Case, Rows, build_engine
 from tiny import this_world

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.mesh import World, build_mesh
 from headrace.parallel.traffic import Traffic
-from headrace.pretrain.optimizers import LowRankConfig
 from headrace.pretrain.optimizers.low_rank.clock import RefreshClock
-from headrace.pretrain.optimizers.low_rank.config import MethodName
+from headrace.pretrain.optimizers.low_rank.config import LowRankConfig, MethodName
 from headrace.pretrain.optimizers.low_rank.optimizer import METHODS
 from low_rank_cases import CASES, CODED, GO, STEPS, build, draw, take_steps
 

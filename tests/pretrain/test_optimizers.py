@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from headrace.pretrain.optimizers import AdamW, Muon, MuonConfig
-from headrace.pretrain.optimizers.muon import orthogonalise
+from headrace.pretrain.optimizers.adamw import AdamW
+from headrace.pretrain.optimizers.config import MuonConfig
+from headrace.pretrain.optimizers.muon import Muon, orthogonalise
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "twin": (6, 10), "thin": (3, 8), "vector": (7,), "scalar_row": (1, 5)}
 DECAY = {name: 0.1 if len(shape) == 2 else 0.0 for name, shape in SHAPES.items()}

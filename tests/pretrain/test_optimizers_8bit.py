@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from headrace.pretrain.optimizers import AdamW, AdamW8bit
+from headrace.pretrain.optimizers.adamw import AdamW
+from headrace.pretrain.optimizers.adamw_8bit import AdamW8bit
 
 SHAPES = {"wide": (6, 80), "tall": (50, 16), "ragged": (7, 36), "stack": (4, 6, 40), "one_row": (1, 64)}
 DECAY = dict.fromkeys(SHAPES, 0.1) | {"tall": 0.0}

@@ -8,7 +8,11 @@ import torch
 from headrace.errors import UserError
 from headrace.model.lm import HybridLM
 from headrace.pretrain.config import Config, load_config
-from headrace.pretrain.optimizers import AdamW, AdamW8bit, Muon, build_optimizers, check_parameters, state_size
+from headrace.pretrain.optimizers.adamw import AdamW
+from headrace.pretrain.optimizers.adamw_8bit import AdamW8bit
+from headrace.pretrain.optimizers.build import build_optimizers, check_parameters
+from headrace.pretrain.optimizers.muon import Muon
+from headrace.pretrain.optimizers.size import state_size
 from tiny import tiny_config
 
 GROUPS = 'optimizer.groups=[{names="*.out_proj.*", lr_scale=0.5}, {names="layers.*.norm.weight", weight_decay=0.3}]'
