@@ -37,3 +37,8 @@ class MachineError(UserError):
 def is_machines(error: Exception) -> bool:
     """Whether `error` is the fault of a machine or a disk, and not of what the user gave."""
     return isinstance(error, MachineError) or (isinstance(error, OSError) and error.errno not in USERS)
+
+
+def file_error(message: str, error: OSError) -> UserError:
+    """What to raise for `error`: a `MachineError` where the disk failed, else a `UserError`."""
+    return (MachineError if is_machines(error) else UserError)(message)

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from ..errors import UserError
+from ..errors import UserError, file_error
 from .manifest import SPLITS, TOKENIZER, read_manifest
 from .order import LeastRecentlyUsed
 from .shards import BLOCK, DTYPES, INDEX_COLUMNS, INDEX_SUFFIX, ShardEntry, hash_bytes, member_name
@@ -162,7 +162,7 @@ def _check_size(path: Path, size: int) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
+        raise file_error(f"cannot read {path}: {error.strerror}; {_REMEDY}", error) from None
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file; {_REMEDY}")
     if status.st_size != size:
@@ -174,7 +174,7 @@ def _read_index(path: Path, entry: ShardEntry, dtype: str) -> dict[str, np.ndarr
     try:
         data = index_path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {index_path}: {error.strerror}; {_REMEDY}") from None
+        raise file_error(f"cannot read {index_path}: {error.strerror}; {_REMEDY}", error) from None
     if hash_bytes(data) != entry.index_blake2b:
         raise UserError(f"{index_path} was changed: its blake2b sum is not the manifest's; {_REMEDY}")
     try:

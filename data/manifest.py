@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, file_error
 from .shards import DTYPES, ShardEntry, hash_bytes
 
 FORMAT = "headrace-tokens-1"
@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no {MANIFEST}); run `headrace prepare` first") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise file_error(f"cannot read {path}: {error.strerror}", error) from None
     try:
         values = json.loads(data)
         shards = _checked_shards(values)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from ..errors import UserError
+from ..errors import UserError, file_error
 
 # Longer texts are encoded in spans, cut at a line end: the encoder's memory and time grow faster than the text.
 SPAN_CHARACTERS = 1 << 20
@@ -51,7 +51,7 @@ class Tokenizer:
         try:
             model = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+            raise file_error(f"cannot read the tokenizer {path}: {error.strerror}", error) from None
         return cls(model, name=str(path))
 
     @classmethod

@@ -127,17 +127,22 @@ def _add_training(subparsers) -> None:  # type: ignore[no-untyped-def]
 def _add_launch(subparsers) -> None:  # type: ignore[no-untyped-def]
     summary = "submit a run to slurm, or start it here: it goes on after time limits, crashes and hangs"
     launch = _command(subparsers, "launch", commands.launch, summary)
-    launch.add_argument("config", help="a TOML file")
-    launch.add_argument("--nproc", type=int, help="no slurm: as `train --nproc N --restarts CRASH_LIMIT`")
-    launch.add_argument("--nodes", type=int, default=1)
-    launch.add_argument("--gpus-per-node", type=int, default=0, help="and as many processes (default: none, on CPUs)")
-    launch.add_argument("--tasks-per-node", type=int, default=1, help="processes on each node without GPUs")
-    launch.add_argument("--time", default="", help="limit of one job, as 4:00:00 (default: the partition's)")
-    launch.add_argument("--signal-ahead", type=int, default=180, metavar="S", help="save so long before the limit")
-    launch.add_argument("--crash-limit", type=int, default=3, help="starts in a row without a new step")
-    launch.add_argument("--stall-minutes", type=int, default=60, metavar="M", help="no new step for so long is a crash")
-    launch.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="as partition=gpu")
-    launch.add_argument("--dry-run", action="store_true", help="print the script instead")
+    add = launch.add_argument
+    add("config", help="a TOML file")
+    add("--nproc", type=int, help="no slurm: as `train --nproc N --restarts CRASH_LIMIT`")
+    add("--nodes", type=int, default=1, help="of the job (default: 1)")
+    add("--gpus-per-node", type=int, default=0, help="and as many processes (default: none, on CPUs)")
+    add("--tasks-per-node", type=int, default=1, help="processes on each node without GPUs (default: 1)")
+    add("--time", default="", help="limit of one job, as 4:00:00 (default: the partition's)")
+    ahead = "with --time, save and stop this many seconds before the limit (default: 180)"
+    add("--signal-ahead", type=int, default=180, metavar="S", help=ahead)
+    limit = "give up after this many starts in a row without a new step (default: 3)"
+    add("--crash-limit", type=int, default=3, metavar="K", help=limit)
+    stall = "end a start that has recorded no new step for so long, as a crash (default: 60; 0: never)"
+    add("--stall-minutes", type=int, default=60, metavar="M", help=stall)
+    further = "a further option of sbatch, as partition=gpu; may be repeated"
+    add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help=further)
+    add("--dry-run", action="store_true", help="print the script instead")
     _add_overrides(launch)
 
 

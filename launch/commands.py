@@ -102,14 +102,6 @@ def launch(options: argparse.Namespace) -> int:
     from ..pretrain.config import load_config
     from .batch import BatchConfig, batch_script, submit, write_script
 
-    if options.nproc is not None:
-        asked = (options.nodes, options.gpus_per_node, options.tasks_per_node, options.time, options.sbatch)
-        if options.dry_run or asked != (1, 0, 1, "", []):
-            raise UserError(
-                "--nproc starts the run here, and slurm's options and --dry-run are for a job; leave one out"
-            )
-        options.restarts = options.crash_limit
-        return _train_here(options, [])
     further = tuple((name, value) for name, _, value in (entry.partition("=") for entry in options.sbatch))
     batch = BatchConfig(
         nodes=options.nodes,
@@ -121,6 +113,13 @@ def launch(options: argparse.Namespace) -> int:
         stall_minutes=options.stall_minutes,
         options=further,
     )
+    if options.nproc is not None:
+        if options.dry_run or batch != BatchConfig(crash_limit=options.crash_limit):
+            raise UserError(
+                "--nproc starts the run here, and slurm's options and --dry-run are for a job; leave one out"
+            )
+        options.restarts = options.crash_limit
+        return _train_here(options, [])
     if problems := batch.problems():
         raise UserError("; ".join(problems))
     config = load_config(Path(options.config), options.overrides, batch.processes)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..errors import UserError
 from ..kernels.memory import keep_freed_memory
@@ -204,7 +205,11 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
     tokens = {"pp": config.pp, "dp_replicate": config.dp_replicate, "dp_shard": shard, "cp": config.cp, "tp": config.tp}
 
     def build(degrees: dict[str, int]) -> DeviceMesh:
-        return init_device_mesh(world.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+        mesh = init_device_mesh(world.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+        if dist.get_backend() != "fake":
+            for group in mesh.get_all_groups():  # else a backend's own, up to half an hour
+                _set_pg_timeout(timedelta(seconds=config.timeout_s), group)
+        return mesh
 
     dense_mesh, tokens_mesh = build(dense), build(tokens)
     experts_mesh = None

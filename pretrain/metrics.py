@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, file_error
 from .config import Config
 from .memory import name_ranks
 from .run_folder import cut_metrics
@@ -141,7 +141,7 @@ class Metrics:
     def close(self) -> None:
         """Finish the files."""
         if fault := self._put():
-            self.show(f"WARNING: {len(self._waiting)} records are lost: {self.file.name} cannot be written: {fault}")
+            self.show(f"WARNING: {len(self._waiting)} records are lost: {self._cannot(fault)}")
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -156,9 +156,9 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         self._waiting.append((json.dumps(record) + "\n").encode())
         if (fault := self._put()) and (record["kind"] == "start" or len(self._waiting) > MOST_WAITING):
-            raise UserError(f"{self.file.name} cannot be written: {fault}")
+            raise file_error(self._cannot(fault), fault)
         if fault and len(self._waiting) == 1:
-            self.show(f"WARNING: {self.file.name} cannot be written: {fault}; records wait, and training goes on")
+            self.show(f"WARNING: {self._cannot(fault)}; records wait, and training goes on")
         if self.wandb is not None:
             # A save is on record under its own step when it is done; wandb's steps never go back.
             self.last_step = max(self.last_step, record["step"])
@@ -166,17 +166,20 @@ class Metrics:
         if self.tensorboard is not None:
             self.tensorboard.write(_scalars(record), record["step"])
 
-    def _put(self) -> str:
+    def _put(self) -> OSError | None:
         """Write what waits, in order; why that cannot be done, where it cannot: a full disk costs no training."""
         while self._waiting:
             try:
                 self._begun += self.file.write(self._waiting[0][self._begun :])
             except OSError as error:
-                return error.strerror or str(error)
+                return error
             if self._begun == len(self._waiting[0]):
                 self._waiting.popleft()
                 self._begun = 0
-        return ""
+        return None
+
+    def _cannot(self, fault: OSError) -> str:
+        return f"{self.file.name} cannot be written: {fault.strerror or fault}"
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, file_error
 from .checkpoint_files.folders import checkpoint_step, latest_checkpoint
 from .config import Config, load_config
 from .config_io import to_tables
@@ -85,7 +85,7 @@ def open_run_folder(config: Config) -> RunFolder:
         lock.close()
         raise UserError(f"run folder {path} is in use by {owner}; wait for it, or choose another run.name") from None
     except OSError as error:
-        raise UserError(f"run folder {path} cannot be used: {error.strerror}") from None
+        raise file_error(f"run folder {path} cannot be used: {error.strerror}", error) from None
     try:
         check_unchanged(path, config)
     except UserError:
@@ -177,7 +177,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write a small file whole or not at all.
 
     Raises:
-        UserError: the disk is full, or the folder may not be written to.
+        UserError: the folder may not be written to; `MachineError`, where the disk is full or fails.
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -188,7 +188,7 @@ def replace_file(path: Path, text: str) -> None:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise file_error(f"{path} cannot be written: {error.strerror}", error) from None
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, file_error
 from ..checkpoint_files.folders import checkpoint_step, list_checkpoints, remove, remove_stale
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -38,7 +38,7 @@ def open_run(folder: Path, run_id: str) -> Path:
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         words = f"checkpoint.memory_folder={folder} cannot be used: {error.strerror}"
-        raise UserError(f"{words}; give a folder in memory (/dev/shm/NAME)") from None
+        raise file_error(f"{words}; give a folder in memory (/dev/shm/NAME)", error) from None
     return path
 
 

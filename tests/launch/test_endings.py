@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.data.manifest import read_manifest
 from headrace.errors import MachineError, UserError
 from headrace.launch import cli
 from tiny import records, tiny_config, tiny_file
@@ -34,6 +35,21 @@ def test_whose_fault_it_was(
     monkeypatch.setattr(cli, "parse", lambda _: argparse.Namespace(run=run))
     assert cli.main([]) == status
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2)])
+def test_a_file_that_cannot_be_read_tells_whose_fault_it_was(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """Where a disk fails `--restarts` tries again."""
+
+    def fail(_: Path) -> bytes:
+        raise OSError(number, os.strerror(number), "f")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=f"cannot read .*: {os.strerror(number)}") as caught:
+        read_manifest(data)
+    assert caught.value.status == status
 
 
 @pytest.mark.fault("stderr on a full disk, or its reader gone", "lines are lost; the run goes on")

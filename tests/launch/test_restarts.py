@@ -83,7 +83,7 @@ def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.Monke
 
 
 def test_a_start_here_takes_no_options_of_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in (["--nodes", "2"], ["--sbatch", "partition=gpu"], ["--dry-run"]):
+    for option in (["--nodes", "2"], ["--sbatch", "partition=gpu"], ["--stall-minutes", "5"], ["--dry-run"]):
         assert main(["launch", str(tmp_path / "tiny.toml"), "--nproc", "2", *option]) == 2
         assert "--nproc starts the run here" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.errors import UserError
+from headrace.errors import MachineError
 from headrace.pretrain import metrics as metrics_module
 from headrace.pretrain.metrics import Metrics
 from tiny import records, tiny_config
@@ -67,14 +67,14 @@ def test_what_waits_after_a_rewind_is_dropped(tmp_path: Path, data: Path) -> Non
 def test_a_disk_that_stays_full(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the start it is the user's to put right; later what waits has an end."""
+    """A start ends at once; later what waits has an end."""
     metrics = open_metrics(tmp_path, data)
     metrics.file.full = True
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+    with pytest.raises(MachineError, match="cannot be written: No space left on device"):
         metrics.start(0, 0, "torch", OPTIMIZER)
     monkeypatch.setattr(metrics_module, "MOST_WAITING", 2)
     metrics.save({"step": 1})
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+    with pytest.raises(MachineError, match="cannot be written: No space left on device"):
         metrics.save({"step": 2})
     metrics.close()
     assert "3 records are lost" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.data import Batch, PrepareConfig, TokenizerConfig, prepare
-from headrace.errors import UserError
+from headrace.errors import MachineError, UserError
 from headrace.pretrain.build import check_compiler
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
@@ -273,9 +273,9 @@ def test_what_cannot_be_written_stops_all_ranks(gloo: Callable, tmp_path: Path, 
         assert str(config.run.folder) in message
 
 
-def test_a_full_disk_is_a_users_mistake(tmp_path: Path, data: Path) -> None:
+def test_a_full_disk_is_the_machines_failing(tmp_path: Path, data: Path) -> None:
     metrics = Metrics(tiny_config(tmp_path, data), Path("/dev/full"))
-    with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
+    with pytest.raises(MachineError, match="/dev/full cannot be written: No space left on device"):
         metrics.start(0, 0, "torch", {"name": "AdamW", "state_bytes_per_parameter": 8.0})
     metrics.close()
 
