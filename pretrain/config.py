@@ -68,7 +68,8 @@ class TrainConfig:
         compile: compile each block with torch.compile.
         kernels: what computes the operators: `triton`, `torch`, the `reference` definitions (slow), or `auto`, which is
             Triton on GPUs and PyTorch elsewhere.
-        nonfinite_limit: updates in a row that may be skipped for a non-finite gradient before the run stops.
+        nonfinite_limit: a record (`log.every_steps`) whose last updates, so many in a row, were all skipped for a non-finite
+            gradient ends the run.
         average_decay: of an exponential moving average of the weights, which `eval`, `export` and `generate` take with
             `--average`; 0 keeps none.
         checksum_every: steps between two comparisons of the parameters that several processes hold copies of, bit for
@@ -153,14 +154,14 @@ class CheckpointConfig:
         every_steps: steps between two checkpoints; 0 saves only at the end, or as `time_share` says.
         time_share: share of the time that saves may cost; how far they are apart then follows from what they have cost,
             and from `failure_every_s`. 0: `every_steps` alone counts.
-        failure_every_s: seconds between two failures of the machines, as expected.
-        keep_last: how many stay.
+        failure_every_s: expected seconds between two failures of the machines.
+        keep_last: newest checkpoints that stay.
         fresh_optimizer: whether a run goes on from a checkpoint that another optimizer saved, with the weights and the
             place in the data, and begins the optimizer's state anew. Where the optimizer is the same this does nothing.
         other_code: whether a run goes on with other code (or another PyTorch) than its last start had.
         asynchronous: whether training goes on while a periodic checkpoint is written, from a copy in host memory.
         retries: how often a save that the disk did not take is tried again, after 1, 2, 4, ... seconds.
-        failures_limit: periodic saves in a row that may fail so, the last of which ends the run.
+        failures_limit: the run ends with so many failed periodic saves in a row.
         memory_every_steps: steps between two copies of the state in memory, each on its machine and on another one; a
             start after a crash goes on from them where they are newer than the newest checkpoint. 0 makes none.
         memory_folder: where these lie: a folder on every machine that outlives processes, of this user alone.
