@@ -6,12 +6,14 @@ import os
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..pretrain.checkpoint_files.folders import checkpoint_step
+from ..pretrain.checkpoint_files.folders import list_checkpoints as checkpoints_in
 from ..pretrain.goodput import BOUND, Goodput, is_count, measure_goodput, read_starts
 from ..pretrain.run_clock import RUN_ID, STARTS
 
@@ -158,16 +160,14 @@ def list_checkpoints(folder: Path) -> str:
         raise UserError(f"{folder} holds no checkpoint; let the run reach its first save")
     rows = [("checkpoint", "MB", "saved")]
     for path in found:
-        size = sum(entry.stat().st_size for entry in os.scandir(path))
-        rows.append((path.name, f"{size / 1e6:,.1f}", f"{_span(time.time() - path.stat().st_mtime)} ago"))
+        with suppress(FileNotFoundError):  # a run that goes on has just removed it
+            size = sum(entry.stat().st_size for entry in os.scandir(path))
+            rows.append((path.name, f"{size / 1e6:,.1f}", f"{_span(time.time() - path.stat().st_mtime)} ago"))
     return _table(rows)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("checkpoints/step-*") if (path / "manifest.json").exists())
-    return sorted(
-        found, key=lambda path: (len(path.name), path.name)
-    )  # numbers of nine digits come after those of eight
+    return [path for path in checkpoints_in(folder / "checkpoints") if (path / "manifest.json").exists()]
 
 
 def _last_records(metrics: Path) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..pretrain.checkpoint_files import list_checkpoints, verify_checkpoint
+from ..pretrain.checkpoint_files.verify import Verified
 
 
 def verify(source: Path, say: Callable[[str], None]) -> bool:
@@ -28,7 +29,10 @@ def verify(source: Path, say: Callable[[str], None]) -> bool:
         raise UserError(f"{source} does not exist; give a run folder (runs/NAME) or one of its checkpoints")
     whole = True
     for path in found:
-        checked = verify_checkpoint(path)
+        checked = _check(path)
+        if checked is None:
+            say(f"{path}: removed by its run meanwhile")
+            continue
         if not checked.damage:
             say(f"{path}: good, {checked.tensors} tensors, {checked.bytes / 1e6:,.1f} MB")
             continue
@@ -38,6 +42,17 @@ def verify(source: Path, say: Callable[[str], None]) -> bool:
         for line in further:
             say(f"  and {_without(line, path)}")
     return whole
+
+
+def _check(path: Path) -> Verified | None:
+    """What `verify_checkpoint` finds; None where the folder is gone by then: a run keeps only its newest."""
+    try:
+        checked = verify_checkpoint(path)
+    except UserError:
+        if path.is_dir():
+            raise
+        return None
+    return checked if not checked.damage or path.is_dir() else None
 
 
 def _without(line: str, path: Path) -> str:

@@ -46,7 +46,8 @@ class Wish(IntFlag):
         return " and ".join(text for wish, text in words.items() if self & wish)
 
 
-FILES = {"CHECKPOINT_NOW": Wish.SAVE, "EVAL_NOW": Wish.EVALUATE, "PROFILE": Wish.PROFILE, "STOP": Wish.STOP}
+STOP = "STOP"
+FILES = {"CHECKPOINT_NOW": Wish.SAVE, "EVAL_NOW": Wish.EVALUATE, "PROFILE": Wish.PROFILE, STOP: Wish.STOP}
 SIGNALS = {signal.SIGTERM: Wish.SIGTERM, signal.SIGUSR1: Wish.SIGUSR1, signal.SIGHUP: Wish.SIGHUP}
 
 
@@ -95,7 +96,8 @@ class Control:
             for name in os.listdir(self._folder):
                 if name in FILES:
                     self._heard.append(FILES[name])
-                    (self._folder / name).unlink(missing_ok=True)
+                    if name != STOP:  # that stays until it is done, also where a save fails or the run crashes
+                        (self._folder / name).unlink(missing_ok=True)
 
     def ask(self, wish: Wish) -> None:
         """As if it had been heard from outside."""

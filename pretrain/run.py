@@ -20,6 +20,7 @@ from .alerts import Alerts
 from .average import WeightAverage
 from .build import build_engine, build_stage, choose_kernels, parameter_bytes
 from .config import Config
+from .control import STOP
 from .engine import Engine
 from .memory import MemoryCopies
 from .memory_run import open_memory, report_copies, search_memory, tell_resumed
@@ -108,6 +109,7 @@ class Run:
         if self.metrics is not None and self.folder is not None:
             self.metrics.stop(self.progress.step, reason)
             replace_file(self.folder.stopped, json.dumps({"step": self.progress.step, "reason": reason}) + "\n")
+            (self.folder.path / STOP).unlink(missing_ok=True)
 
     def tell_stall(self, line: str) -> None:
         """Tell that this process is about to end because another is missing."""

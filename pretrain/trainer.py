@@ -94,7 +94,10 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                 skips, pace = Skips(run.world.device), Pace()
                 if wish.stops:
                     stop = progress.step
+                    run.forget_memory()
                     run.tell_stop(wish.reason)
+                else:
+                    control.ask(wish)  # after the next step
                 continue
             with pulse.phase(RECORD) if log or save or copy else nullcontext():
                 if log or save or copy:
@@ -108,7 +111,7 @@ def take_steps(run: Run, until: int | None, watch: Watch | None) -> Progress:
                     pace = Pace()
                     check_finite(config, progress, int(skips.in_a_row))
                     report_slow_ranks(run, watch)
-            if run.copies and (save or due(progress.step, config.train.checksum_every, steps)):
+            if run.copies and (save or copy or due(progress.step, config.train.checksum_every, steps)):
                 run.copies.check(progress.step)
             if run.heldout and (due(progress.step, config.eval.every_steps, steps) or Wish.EVALUATE in wish):
                 with pulse.phase("evaluation"), run.clock.phase("eval"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fault_table
 from headrace.model.registry import LAYER_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,3 +182,11 @@ def test_nothing_names_a_machine() -> None:
     for path in [*SOURCES, *TESTS, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile"]:
         if path != Path(__file__).resolve():
             assert not pattern.search(path.read_text()), name_of(path)
+
+
+def test_every_fault_is_on_its_page(request: pytest.FixtureRequest) -> None:
+    """Of the tests that this session has; `make faults` writes the page."""
+    page = fault_table.PAGE.read_text()
+    marks = (item.get_closest_marker("fault") for item in request.session.items)
+    rows = {rf"\| {re.escape(mark.args[0])} \| [\d,]+ \| {re.escape(mark.args[1])} \|" for mark in marks if mark}
+    assert [row for row in rows if not re.search(row, page)] == []

@@ -102,6 +102,8 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3 of 10" in first
     assert "finished" in second
     assert "step-00000002  1.5" in list_checkpoints(tmp_path / "runs" / "a")
+    monkeypatch.setattr(os, "scandir", lambda path: [path / "removed meanwhile"])
+    assert list_checkpoints(tmp_path / "runs" / "a").split() == ["checkpoint", "MB", "saved"]
 
 
 @pytest.mark.parametrize(

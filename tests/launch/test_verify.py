@@ -1,5 +1,6 @@
 """`headrace verify`: one line a checkpoint, every kind of damage named, and no torch in it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.launch import verify as verify_module
 from headrace.launch.cli import main
 from headrace.pretrain.checkpoint import save_checkpoint
+from headrace.pretrain.checkpoint_files import verify_checkpoint
+from headrace.pretrain.checkpoint_files.verify import Verified
 
 TENSORS = {"model.a": torch.arange(24.0).view(4, 6), "model.b": torch.ones(3).bfloat16(), "model.c": torch.empty(0, 2)}
 
@@ -65,6 +69,27 @@ def test_cut_files(run: Path, cut: int, capsys: pytest.CaptureFixture[str]) -> N
         file.write_bytes(whole[file])
         assert main(["verify", str(file.parent)]) == 0
         capsys.readouterr()
+
+
+@pytest.mark.parametrize("when", ["before it is read", "in the middle"])
+def test_a_run_goes_on_and_removes_its_older_ones(
+    run: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = run / "checkpoints" / "step-00000002"
+
+    def check(path: Path) -> Verified:
+        if path != gone:
+            return verify_checkpoint(path)
+        shutil.rmtree(gone)
+        if when == "in the middle":
+            return Verified(0, 0, (f"{gone}: rank-00000.safetensors is missing",))
+        return verify_checkpoint(path)
+
+    monkeypatch.setattr(verify_module, "verify_checkpoint", check)
+    assert main(["verify", str(run)]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert all(": good, 4 tensors" in line for line in (first, third))
+    assert second.endswith("step-00000002: removed by its run meanwhile")
 
 
 def test_what_is_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,21 @@ def test_nothing_is_saved_of_it(gloo: Callable, tmp_path: Path, data: Path) -> N
     assert latest_checkpoint(config.run.folder / "checkpoints").name == "step-00000002"
 
 
+def test_no_copy_in_memory_is_made_of_it(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """A start would go on from it, and meet the same bits again."""
+    memory = (
+        "checkpoint.every_steps=0",
+        "checkpoint.memory_every_steps=1",
+        f"checkpoint.memory_folder={tmp_path}/memory",
+    )
+    layout = ("parallel.dp_replicate=3", "train.batch_rows=6", "train.checksum_every=100")
+    for message in gloo(3, train_with_a_flip, tiny_config(tmp_path, data, *layout, *memory)):
+        assert message.startswith("after step 3, of the copies of ")
+    copies = {path.name for path in (tmp_path / "memory").rglob("step-*")}
+    assert "step-00000002" in copies
+    assert copies <= {"step-00000001", "step-00000002"}
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [

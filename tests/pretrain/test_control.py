@@ -11,10 +11,12 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from headrace.errors import MachineError
 from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.control import Control, Wish
 from headrace.pretrain.run import checkpoints
+from headrace.pretrain.saver import Saver
 from headrace.pretrain.trainer import train
 from tiny import losses, records, this_world, tiny_config
 
@@ -58,6 +60,25 @@ def test_the_file_stop(gloo: Callable, tmp_path: Path, data: Path, ranks: int) -
     assert not (config.run.folder / "STOPPED").exists()
     assert not (config.run.folder / "STOP").exists()
     assert losses(config) == losses(whole)
+
+
+def stop_on_a_full_disk(config: Config) -> str:
+    """What ends a run that is to stop, and cannot save."""
+    full = mock.patch.object(Saver, "save", side_effect=MachineError("no space left on device", everywhere=True))
+    with full, pytest.raises(MachineError) as caught:
+        train(config, this_world())
+    return str(caught.value)
+
+
+def test_a_stop_that_fails_is_not_forgotten(gloo: Callable, tmp_path: Path, data: Path) -> None:
+    """The next start, which a launcher makes by itself, stops as well."""
+    config = tiny_config(tmp_path, data, "checkpoint.every_steps=0")
+    ask(config, "STOP")
+    assert gloo(2, stop_on_a_full_disk, config) == ["no space left on device"] * 2
+    assert not (config.run.folder / "STOPPED").exists()
+    assert gloo(2, run, config) == [2, 2]
+    assert (config.run.folder / "STOPPED").exists()
+    assert not (config.run.folder / "STOP").exists()
 
 
 @pytest.mark.fault("SIGTERM, SIGUSR1, SIGHUP to a rank", "saved and stopped; the same bits")
