@@ -49,7 +49,7 @@ DEGREES: tuple[dict[str, object], ...] = (
     {"dp_shard": 2},
     {"dp_replicate": 2},
     {"dp_shard": 4, "cp": 2},  # fewer experts than ranks that shard them
-    {"dp_shard": 4, "tp": 2, "cp": 2, "ep": 2},
+    {"dp_shard": 2, "tp": 2, "cp": 2, "ep": 2},
     {"dp_shard": 2, "ep": 2},
     {"dp_shard": 4, "ep": 4},
     {"cp": 2, "ep": 2},
