@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,8 @@ from ..parallel.watch import WATCH_STORE, last_step
 
 LAUNCHER = "HEADRACE_LAUNCHER"
 PR_SET_PDEATHSIG = 1
-
+# Torchrun's machinery leaves its own handlers of these behind, which raise what nobody catches.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 # A mistake of the user's: the next start would make it again.
 USER_ERROR = UserError.status
@@ -55,7 +56,8 @@ def check_nproc(nproc: int, restarts: int = 0) -> None:
 def run_again_and_again(arguments: Sequence[str], nproc: int, restarts: int) -> int:
     """`run_processes`, and again after a crash or a hang, unless it ended so `restarts` times without a new step.
 
-    After a start without a new step the next waits, 2 s and then twice as long each time, a minute at most.
+    After a start without a new step the next waits, 2 s and then twice as long each time, a minute at most; a signal
+    that comes meanwhile does what it does to any process.
 
     A step is new when no start before has come so far: what is computed a second time is no way forward. Nothing is
     started again after a mistake of the user's, or where a signal asked for the end.
@@ -101,6 +103,18 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
             os.kill(int(pid), number)
 
 
+@contextmanager
+def keep_handlers(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """What becomes of these signals is afterwards as before."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # one that Python has not set, and cannot set again
+                signal.signal(number, handler)
+
+
 def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
     """Run `python -m headrace ARGUMENTS` in `nproc` processes that see each other.
 
@@ -115,10 +129,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         pass_on(number, frame)
 
     # torchrun's machinery passes these on, and waits for their effect; under nohup it must not listen to SIGHUP.
-    passed_on = ["SIGTERM", "SIGINT", "SIGQUIT"]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        passed_on.append("SIGHUP")
-    before = signal.signal(signal.SIGUSR1, pass_on_and_note)
+    passed_on = [n.name for n in ENDING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     beats = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {LAUNCHER: str(os.getpid()), WATCH_STORE: f"127.0.0.1:{beats.port}"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
@@ -134,7 +145,9 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
         signals_to_handle=",".join(passed_on),
     )
     try:
-        elastic_launch(launch, sys.executable)("-m", "headrace", *arguments)
+        with keep_handlers([*ENDING, signal.SIGUSR1]):
+            signal.signal(signal.SIGUSR1, pass_on_and_note)
+            elastic_launch(launch, sys.executable)("-m", "headrace", *arguments)
     except SignalException as ended:
         if ended.sigval is signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -143,7 +156,6 @@ def run_processes(arguments: Sequence[str], nproc: int) -> Ending:
     except ChildFailedError as error:
         return replace(describe_failure(error, last_step(beats, nproc)), asked=bool(asked))
     finally:
-        signal.signal(signal.SIGUSR1, before)
         del os.environ[LAUNCHER], os.environ[WATCH_STORE]
     return Ending(0)
 

@@ -179,7 +179,7 @@ def find_missing(size: int, stands: Mapping[int, Stand]) -> tuple[list[int], str
 def describe(size: int, stands: Mapping[int, Stand], hosts: Mapping[int, str], idle_s: float) -> str:
     """The beginning of a sentence that names the missing."""
     missing, what = find_missing(size, stands)
-    stood = f"no step was finished for {idle_s:.0f} s"
+    stood = _stood(idle_s)
     if not missing:
         return f"{stood}, and no rank stands out"
     named = f"{name_ranks({rank: hosts.get(rank, 'host unknown') for rank in missing})} {what}"
@@ -189,13 +189,29 @@ def describe(size: int, stands: Mapping[int, Stand], hosts: Mapping[int, str], i
     return f"{named}; {stood}"
 
 
-def page(line: str, limit_s: float, size: int, stands: Mapping[int, Stand], beats: Mapping[int, Beat]) -> str:
-    """The text of `hang.txt`: who is missing, and where every process stands."""
+def describe_keeper(keeper: str, idle_s: float) -> str:
+    """The same where the store does not answer: nobody can be asked, so that nothing is known of anyone else."""
+    return f"{keeper}, which keeps the store, does not answer; {_stood(idle_s)}"
+
+
+def _stood(idle_s: float) -> str:
+    return f"no step was finished for {idle_s:.0f} s"
+
+
+def page(
+    line: str,
+    limit_s: float,
+    size: int,
+    stands: Mapping[int, Stand],
+    beats: Mapping[int, Beat],
+    silence: str = "does not answer",
+) -> str:
+    """The text of `hang.txt`: who is missing, and where every process stands, or else `silence`."""
     text = [f"{line} (allowed: {limit_s:.1f} s).", ""]
     for rank in range(size):
         stand, beat = stands.get(rank), beats.get(rank, Beat())
         if stand is None:
-            text += [f"rank {rank} ({beat.host}): does not answer; last heard of after step {beat.step}", ""]
+            text += [f"rank {rank} ({beat.host}): {silence}; last heard of after step {beat.step}", ""]
             continue
         waits = "waits for others" if stand.waits else "waits for no other that Python shows"
         text += [f"rank {rank} ({beat.host}): finished step {stand.step}, in: {stand.doing}; {waits}; {stand.trace}"]
@@ -208,7 +224,8 @@ class HangSearch:
 
     Driven by the two threads of a `Watch`: `judge` by the one that ends the process, `exchange` by the one that talks
     with the store. Rank 0 asks; the others wait for it for twice the grace before they do. What is known goes through
-    the store before it goes to files, which threads of their own write: a file system that hangs stops nobody.
+    the store before it goes to files, which threads of their own write: a file system that hangs stops nobody. Where
+    the store has not answered once since, no answer of a process can have come, and who keeps it is missing.
 
     Args:
         rank: this process.
@@ -221,7 +238,7 @@ class HangSearch:
     def __init__(self, rank: int, size: int, pulse: Pulse, folder: Path, grace_s: float) -> None:
         self.pulse = pulse
         self._rank, self._size, self._folder, self._grace_s = rank, size, folder, grace_s
-        self._asks = self._told = False
+        self._asks = self._told = self._answered = False
         self._asked_for_s = 0.0
         self._limit_s = 0.0
         self._line = ""
@@ -229,12 +246,13 @@ class HangSearch:
         self._taking = threading.Lock()
         self._writing: list[Aside[None]] = []
 
-    def judge(self, seconds: float, beats: Mapping[int, Beat]) -> str:
+    def judge(self, seconds: float, beats: Mapping[int, Beat], keeper: str) -> str:
         """Let time go by; who is missing, as the beginning of a sentence, once it is known and written down.
 
         Args:
             seconds: that went by.
             beats: what was last heard of each process.
+            keeper: who keeps the store.
         """
         self.pulse.pass_time(seconds)
         if not self._asks:
@@ -247,15 +265,19 @@ class HangSearch:
         self._asked_for_s += seconds
         if len(self._stands) < self._size and self._asked_for_s < self._grace_s:
             return ""
-        self._line = self._line or self._tell(beats)
+        self._line = self._line or self._tell(beats, keeper)
         return self._line
 
-    def _tell(self, beats: Mapping[int, Beat]) -> str:
+    def _tell(self, beats: Mapping[int, Beat], keeper: str) -> str:
         """Write the page, as far as that is possible, and say where it is."""
         stands = dict(self._stands)
-        line = describe(self._size, stands, {rank: beat.host for rank, beat in beats.items()}, self.pulse.idle_s)
+        if self._answered:
+            silence, hosts = "does not answer", {rank: beat.host for rank, beat in beats.items()}
+            line = describe(self._size, stands, hosts, self.pulse.idle_s)
+        else:
+            silence, line = "cannot be asked", describe_keeper(keeper, self.pulse.idle_s)
         path = self._folder / "hang.txt"
-        self._write(path, page(line, self._limit_s, self._size, stands, beats).encode())
+        self._write(path, page(line, self._limit_s, self._size, stands, beats, silence).encode())
         if problem := self._writing[-1].wait(self._grace_s / 2):
             return f"{line} ({path} cannot be written: {problem})"
         return f"{line}; see {path}"
@@ -276,8 +298,10 @@ class HangSearch:
             store.set(f"stand/{self._rank}", self._stands[self._rank].pack())
             self._told = True
         if self._asks:
-            for rank in range(self._size):
-                if rank not in self._stands and store.check([f"stand/{rank}"]):
+            for rank in [rank for rank in range(self._size) if rank not in self._stands]:
+                there = store.check([f"stand/{rank}"])
+                self._answered = True
+                if there:
                     self._stands[rank] = Stand.unpack(store.get(f"stand/{rank}"))
 
     def finish(self, seconds: float) -> None:

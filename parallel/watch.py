@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ..errors import UserError
 from .aside import Aside, within
 from .hang import HANG, NO_HANG, HangSearch
-from .heartbeat import TIMED_OUT, Beat, RollCall, State
+from .heartbeat import TIMED_OUT, Beat, RollCall, State, name_ranks
 from .mesh import World
 from .pulse import Pulse, WatchConfig
 from .slow import BusyShare, SlowRank, SlowRanks
@@ -45,7 +45,8 @@ class Watch:
     """Heartbeats of this process and an ear on those of the others, from `with` to its end.
 
     Two threads: one talks with the store, which may block it; the other judges, and ends the process when another is
-    missing, since nothing can raise into a main thread that waits in a collective. Alone, it starts none.
+    missing, since nothing can raise into a main thread that waits in a collective. A process that is alone judges
+    nobody, and talks only where a launcher keeps the store, which is to know how far a process came that it lost.
 
     Args:
         rank: this process.
@@ -73,7 +74,7 @@ class Watch:
         self.interval_s = min(1.0, timeout_s / 10)
         self.grace_s = min(GRACE_S, timeout_s)
         self._rank, self._size, self._connect = rank, size, connect
-        self._keeps_store = keeper is None and rank == 0
+        self._keeper, self._keeps_store = keeper, keeper is None and rank == 0
         self._host = platform.node()
         self._roll = RollCall(rank, size, 0.9 * timeout_s, self.grace_s, keeper, self._host)
         self._busy, self._slow = BusyShare(self.pulse), SlowRanks()
@@ -89,10 +90,12 @@ class Watch:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watch":
+        works = [self._talk] if self._size > 1 or self._keeper else []
         if self._size > 1:
-            for work in (self._talk, self._judge):
-                self._threads.append(threading.Thread(target=work, name=f"headrace{work.__name__}", daemon=True))
-                self._threads[-1].start()
+            works.append(self._judge)
+        for work in works:
+            self._threads.append(threading.Thread(target=work, name=f"headrace{work.__name__}", daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(
@@ -111,10 +114,6 @@ class Watch:
         for thread in self._threads:
             thread.join(PART_S)
 
-    def step(self, number: int) -> None:
-        """Step `number` is finished."""
-        self.pulse.step(number)
-
     def slow_ranks(self) -> list[SlowRank]:
         """The processes found slow since the last time, on rank 0; nobody elsewhere."""
         with self._lock:
@@ -127,7 +126,7 @@ class Watch:
         Waits for the heartbeats to show it, some 15 seconds at most.
         """
         text = str(error)
-        if not self._threads or not (isinstance(error, dist.DistError) or any(part in text for part in PEER_ERRORS)):
+        if self._size == 1 or not (isinstance(error, dist.DistError) or any(part in text for part in PEER_ERRORS)):
             return None
         timed_out = "timed out" in text.lower() or "timeout" in text.lower()
         with self._lock:
@@ -227,7 +226,7 @@ class Watch:
                 self._roll.pass_time(passed)
                 found, beats = self._verdict or self._roll.finding(self._state == "failed"), self._roll.beats
             if not found and self._hangs:
-                found = self._hangs.judge(passed, beats)
+                found = self._hangs.judge(passed, beats, self._keeper or name_ranks({0: beats[0].host}))
             last = now
             if not found or self._closing.is_set():
                 continue

@@ -9,13 +9,27 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from headrace.parallel import recorder
-from headrace.parallel.hang import Stand, describe, find_missing, main_thread, page, waits_now
+from headrace.parallel.hang import (
+    HANG,
+    NO_HANG,
+    HangSearch,
+    Stand,
+    describe,
+    find_missing,
+    main_thread,
+    page,
+    waits_now,
+)
 from headrace.parallel.heartbeat import Beat
+from headrace.parallel.pulse import Pulse, WatchConfig
 from headrace.parallel.recorder import MOST_GROUPS, last_collectives, read_recorder
+from headrace.parallel.watch import Watch
 from ranks import start_ranks
 from tiny import tiny_file
 
@@ -65,7 +79,7 @@ with watches[0], watches[1]:
     for watch in watches:
         watch.last_words = lambda line: (folder / "last words").write_text(line)
         for number in range(40 + watches.index(watch)):
-            watch.step(number)
+            watch.pulse.step(number)
     time.sleep(99999)  # here both stand
 """
 
@@ -146,6 +160,44 @@ def test_who_is_missing() -> None:
     line = describe(4, waiting | {2: stand(7, False)}, hosts, 12.0)
     assert line.startswith("rank 2 (node1) did not come to where the others wait in step 8, and stands at model.py:7")
     assert Stand.unpack(waiting[0].pack().encode()) == waiting[0]
+
+
+def stuck(folder: Path, rank: int) -> HangSearch:
+    """The search of one of three ranks, in a step that may take a hundredth of a second."""
+    pulse = Pulse(WatchConfig(allowance_s=0.01))
+    pulse.step(7)
+    return HangSearch(rank, 3, pulse, folder, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("keeper", "who"),
+    [(None, "rank 0 (n0)"), ("the launcher at n0:1", "the launcher at n0:1")],
+    ids=["rank", "launcher"],
+)
+def test_a_store_that_is_silent_is_its_keepers_fault(tmp_path: Path, keeper: str | None, who: str) -> None:
+    """Without it a process hears of nobody, which says nothing of the others."""
+    watch = Watch(1, 3, 60.0, dist.HashStore, keeper, stuck(tmp_path, 1))  # no thread talks with the store
+    watch._roll.hear({0: Beat(1, 7, "n0")})
+    with mock.patch.object(watch, "_leave", side_effect=lambda line: watch._stop.set()) as leave:
+        watch._judge()
+    assert leave.call_args.args[0].startswith(
+        f"{who}, which keeps the store, does not answer; no step was finished for "
+    )
+    text = (tmp_path / "hang.txt").read_text()
+    assert "rank 0 (n0): cannot be asked; last heard of after step 7" in text
+    assert "does not answer" not in text.partition("\n")[2]
+
+
+def test_a_store_that_answers_shows_who_does_not(tmp_path: Path) -> None:
+    store, beats = dist.HashStore(), {0: Beat(1, 7, "n0")}
+    store.set(HANG, NO_HANG)
+    first, second = stuck(tmp_path, 0), stuck(tmp_path, 1)
+    for seconds in (0.2, 0.05):  # it is patient; it asks
+        assert second.judge(seconds, beats, "rank 0 (n0)") == ""
+    for search in (second, first, second):
+        search.exchange(store, store.get(HANG).decode())
+    line = second.judge(1.0, beats, "rank 0 (n0)")
+    assert line.startswith("rank 2 (host unknown) does not answer; no step was finished for 1 s; see ")
 
 
 def test_a_look_at_the_main_thread_stops_no_process() -> None:

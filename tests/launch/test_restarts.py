@@ -30,13 +30,14 @@ def start(folder: Path, data: Path, name: str, before: list[str], after: list[st
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def kill_a_rank(launcher: subprocess.Popen[str], folder: Path) -> None:
-    """kill -9, after the first checkpoint."""
+def kill_a_rank(launcher: subprocess.Popen[str], folder: Path, rank: int = 1, later_s: float = 0.0) -> None:
+    """kill -9, so long after the first checkpoint."""
     while latest_checkpoint(folder / "checkpoints") is None:
         assert launcher.poll() is None
         time.sleep(0.01)
+    time.sleep(later_s)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(int(children[rank]), signal.SIGKILL)
 
 
 @pytest.mark.fault("kill -9 of a rank, under `--restarts` and `torchrun --max-restarts`", "goes on; the same weights")
@@ -67,11 +68,16 @@ if os.environ.get("RANK") == "1":
 """
 
 
-@pytest.mark.fault("a rank that is killed in every start, under `--restarts 2`", "given up after the second in vain")
-def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def crash_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(KILLED_AT_ONCE)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
+
+
+@pytest.mark.fault("a rank that is killed in every start, under `--restarts 2`", "given up after the second in vain")
+@pytest.mark.usefixtures("crash_loop")
+def test_a_crash_loop_ends(tmp_path: Path, data: Path) -> None:
     launcher = start(tmp_path, data, "looping", [*HEADRACE, "train"], ["--nproc", "2", "--restarts", "2"])
     said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
@@ -80,6 +86,42 @@ def test_a_crash_loop_ends(tmp_path: Path, data: Path, monkeypatch: pytest.Monke
     assert "headrace: started again from the newest checkpoint; 1 of 2 without a new step" in lines
     assert lines[-1] == "headrace: error: 2 starts without a new step: given up"
     assert "Traceback" not in said
+
+
+@pytest.mark.usefixtures("crash_loop")
+@pytest.mark.parametrize(
+    ("how", "statuses"),
+    [(signal.SIGTERM, {-15, 143}), (signal.SIGHUP, {-1, 129}), (signal.SIGINT, {130})],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
+)
+def test_a_signal_between_two_starts_ends_it(
+    tmp_path: Path, data: Path, how: signal.Signals, statuses: set[int]
+) -> None:
+    hears_all = ["env", "--default-signal=HUP,INT,TERM", *HEADRACE, "train"]
+    launcher = start(tmp_path, data, "looping", hears_all, ["--nproc", "2", "--restarts", "9"])
+    assert launcher.stderr is not None
+    while "rank 1 was ended by SIGKILL" not in (line := launcher.stderr.readline()):
+        assert line
+    time.sleep(0.2)  # the pause takes two seconds
+    launcher.send_signal(how)
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode in statuses
+    assert "Traceback" not in said
+
+
+def test_one_process_that_came_further_is_started_again(tmp_path: Path, data: Path) -> None:
+    after = ["train.steps=99999", "--nproc", "1", "--restarts", "1"]
+    launcher = start(tmp_path, data, "single", [*HEADRACE, "train"], after)
+    kill_a_rank(launcher, tmp_path / "single", 0, 1.5)  # a beat has told of a step
+    assert launcher.stderr is not None
+    said = []
+    while (line := launcher.stderr.readline()) and not line.startswith("headrace: started again"):
+        said.append(line)
+    launcher.terminate()
+    launcher.communicate(timeout=60)
+    assert line == "headrace: started again from the newest checkpoint\n", said
+    assert "rank 0 was ended by SIGKILL" in said[-1]
+    assert "; last finished step " in said[-1]
 
 
 def test_a_start_here_takes_no_options_of_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

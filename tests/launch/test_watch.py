@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from headrace.errors import UserError
-from headrace.parallel.watch import Watch
+from headrace.parallel.watch import PREFIX, Watch, last_step
 from ranks import start_ranks
 from tiny import tiny_file
 
@@ -123,7 +123,7 @@ def pair() -> tuple[Watch, Watch]:
 def test_blame_names_who_stopped_beating(pair: tuple[Watch, Watch]) -> None:
     first, second = pair
     with first, second:
-        second.step(3)
+        second.pulse.step(3)
         time.sleep(0.5)
         assert first.blame(RuntimeError("size mismatch")) is None
         second._stop.set()  # as if killed
@@ -145,9 +145,26 @@ def test_blame_gives_the_reason_of_who_left(pair: tuple[Watch, Watch]) -> None:
 def test_a_watch_of_one_starts_no_thread() -> None:
     before = threading.active_count()
     with Watch(0, 1, 600.0, dist.HashStore) as watch:
-        watch.step(1)
+        watch.pulse.step(1)
         assert threading.active_count() == before
         assert watch.blame(RuntimeError("Connection closed by peer")) is None
+
+
+def test_a_watch_of_one_tells_its_launcher_how_far_it_came() -> None:
+    """Nobody judges it: an error is its own, at once."""
+    store = dist.HashStore()
+    before = threading.active_count()
+    with Watch(0, 1, 2.0, lambda: dist.PrefixStore(PREFIX, store), keeper="a test") as watch:
+        assert threading.active_count() == before + 1
+        watch.pulse.step(7)
+        deadline = time.monotonic() + 20
+        while last_step(store, 1) != 7:  # as if killed now
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert watch.blame(RuntimeError("Connection closed by peer")) is None
+        watch.pulse.step(8)
+    assert last_step(store, 1) == 8
+    assert threading.active_count() == before
 
 
 def test_a_run_that_ends_stops_its_threads(pair: tuple[Watch, Watch]) -> None:
