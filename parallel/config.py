@@ -31,8 +31,8 @@ class ParallelConfig:
         pp_stages: stages each pipeline rank holds (schedules other than 1f1b; zero_bubble wants at least two).
         reshard_after_forward: free gathered parameters after a block's forward pass and gather them again in
             backward: less memory, more communication.
-        timeout_s: seconds that processes wait for each other at the start and in collectives, and after which one that is not
-            heard of ends the run.
+        timeout_s: seconds that processes wait for each other at the start and in collectives, and after which one that
+            is not heard of ends the run.
     """
 
     pp: int = 1

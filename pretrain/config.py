@@ -68,8 +68,8 @@ class TrainConfig:
         compile: compile each block with torch.compile.
         kernels: what computes the operators: `triton`, `torch`, the `reference` definitions (slow), or `auto`, which is
             Triton on GPUs and PyTorch elsewhere.
-        nonfinite_limit: a record (`log.every_steps`) whose last updates, so many in a row, were all skipped for a non-finite
-            gradient ends the run.
+        nonfinite_limit: a record (`log.every_steps`) whose last updates, so many in a row, were all skipped for a
+            non-finite gradient ends the run.
         average_decay: of an exponential moving average of the weights, which `eval`, `export` and `generate` take with
             `--average`; 0 keeps none.
         checksum_every: steps between two comparisons of the parameters that several processes hold copies of, bit for
