@@ -15,6 +15,8 @@ ALLOWED = re.compile(r"[A-Za-z0-9._/@:+=,%-]+")
 LOGS = "logs"
 # Longer than any partition's grace time between SIGTERM and the end of a preempted job.
 SLURMS_TURN_S = 1800
+# Between looks at a run folder that is in use: a file system may need minutes to let go of what a lost node held.
+WAITS_S = (1, 2, 5, 10, 20, 60, 60, 60, 60)
 LOOK_EVERY_S = 5
 MINUTE_S = 60
 # What the script says itself and depends on, and what would make several jobs of one run.
@@ -102,7 +104,7 @@ def seconds(time: str) -> int | None:
     return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], folder: Path) -> str:
+def batch_script(config: BatchConfig, run: Path, name: str, steps: int, command: list[str], folder: Path) -> str:
     """The text of a batch script that starts `command` as one task a process, again and again until the run is done.
 
     Ahead of the time limit it asks the run to stop, by the file STOP, and queues the job again; what has not stopped
@@ -115,6 +117,7 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
     Args:
         run: the run folder.
         name: of the run.
+        steps: of the whole run: one that was finished with fewer is not.
         command: `headrace train ...`.
         folder: where the command is to run.
 
@@ -144,10 +147,12 @@ def batch_script(config: BatchConfig, run: Path, name: str, command: list[str], 
     head = "\n".join(f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in options)
     nccl = [f'export {name}="${{{name}:-{value}}}"' for name, value in NCCL_SETTINGS.items()]
     numbers = {
+        "steps": steps,
         "crash_limit": config.crash_limit,
         "late_s": config.signal_ahead_s - min(20, config.signal_ahead_s // 4),
         "stall_s": MINUTE_S * config.stall_minutes,
         "slurms_turn_s": SLURMS_TURN_S,
+        "waits_s": " ".join(map(str, WAITS_S)),
         "look_every_s": LOOK_EVERY_S,
         "logs_folder": LOGS,
         "jobs": f"{LOGS}/jobs-without-a-step",
@@ -165,7 +170,8 @@ if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CP
 status() {{ {python} status "$run" --json 2>/dev/null; }}
 step_in() {{ local n; n=$(sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
 step() {{ status | step_in; }}
-finished() {{ status | grep -q '"state": "finished"'; }}
+finished() {{ status | grep '"state": "finished"' | grep -q '"steps": {steps},'; }}
+running() {{ status | grep -q '"state": "running"'; }}
 
 kill_step() {{
   scancel --quiet --signal=KILL "$SLURM_JOB_ID.$1"
@@ -201,6 +207,18 @@ watch_over() {{
 }}
 
 asked='' ended='' alarm=''
+trap 'ended=1' TERM
+# Another job may be at it; or processes of this one before it was queued again, on a node that slurm has lost.
+for pause in {waits_s}; do
+  if [ -n "$ended" ] || ! running; then break; fi
+  sleep $pause & wait $!
+done
+if [ -n "$ended" ]; then exit 143; fi
+if running; then
+  echo "$run is running $(status | sed -n 's/.*"detail": "\\([^"]*\\)".*/\\1/p'): cancel that job, or wait for it"
+  exit 1
+fi
+
 tell_time() {{
   if [ -e "$run/STOP" ]; then return; fi  # the user was first
   asked=1
@@ -209,7 +227,6 @@ tell_time() {{
 }}
 trap tell_time USR1
 trap 'echo "not stopped in time: killed"; kill_step $number $srun' USR2
-trap 'ended=1' TERM
 # Of a job before this one, if its start crashed ahead of obeying, or its node.
 if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
 

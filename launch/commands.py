@@ -124,7 +124,7 @@ def launch(options: argparse.Namespace) -> int:
         raise UserError("; ".join(problems))
     config = load_config(Path(options.config), options.overrides, batch.processes)
     command = [sys.executable, "-m", "headrace", "train", options.config, *options.overrides]
-    text = batch_script(batch, config.run.folder, config.run.name, command, Path.cwd())
+    text = batch_script(batch, config.run.folder, config.run.name, config.train.steps, command, Path.cwd())
     if options.dry_run:
         print(text, end="")
         return 0

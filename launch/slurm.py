@@ -23,13 +23,14 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         UserError: slurm's variables do not fit together, or one is no number.
     """
-    if "RANK" in environment or "SLURM_PROCID" not in environment:
+    # A batch script has SLURM_PROCID too, and no step.
+    if "RANK" in environment or not {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
         return
     number = partial(read_number, environment=environment)
     rank, size = number("SLURM_PROCID"), number("SLURM_NTASKS", 1)
     if size <= 1:
         return
-    needed = ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
+    needed = ("SLURM_LOCALID", "SLURM_JOB_ID")
     if missing := [name for name in needed if name not in environment]:
         raise UserError(
             f"started by srun, but {', '.join(missing)} is not set; start with srun in a job, or by torchrun"

@@ -1,5 +1,6 @@
 """The batch script, run by bash with a stand-in for srun: done, asked to stop, crashing, ended by slurm."""
 
+import fcntl
 import os
 import signal
 import stat
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -87,7 +89,7 @@ SCONTROL = '#!/bin/bash\necho "$@" > requeued\n'
 SCANCEL = '#!/bin/bash\necho "$@" > cancelled\n'
 
 
-def start(folder: Path, steps: int | str, then: str, **more: int) -> subprocess.Popen[str]:
+def start(folder: Path, steps: int | str, then: str, total: int = 10, **more: int) -> subprocess.Popen[str]:
     """The script in `folder`; `then` is a status of srun, or `wait`."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -101,7 +103,7 @@ def start(folder: Path, steps: int | str, then: str, **more: int) -> subprocess.
     config = BatchConfig(nodes=2, time="1:00:00", **more)  # type: ignore[arg-type]
     command = ["headrace", "train", "my config.toml", "run.name=job"]
     path = folder / "job.sbatch"
-    path.write_text(batch_script(config, Path("runs/job"), "job", command, folder))
+    path.write_text(batch_script(config, Path("runs/job"), "job", total, command, folder))
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     return subprocess.Popen(["bash", str(path)], stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -134,6 +136,45 @@ def test_a_run_with_more_steps_than_it_had_goes_on(tmp_path: Path) -> None:
         "".join(f'{{"kind": "train", "step": {n}, "tokens": 1}}\n' for n in (1, 2, 3, 4))
     )
     assert start(tmp_path, steps=6, then="0").communicate(timeout=60)[0] == "finished after step 10\n"
+
+
+def test_a_finished_run_whose_further_steps_are_refused_is_not_finished(tmp_path: Path) -> None:
+    """Its folder still says 10 steps, as long as no start has gone on."""
+    assert start(tmp_path, steps=10, then="0").communicate(timeout=60)[0] == "finished after step 10\n"
+    job = start(tmp_path, steps=0, then="2", total=20, crash_limit=2)
+    told = job.communicate(timeout=60)[0]
+    assert "2 starts in a row ended without a new step: given up" in told
+    assert job.returncode == 1
+
+
+def hold(run: Path) -> IO[str]:
+    """The lock of a run folder, as a process of the run has it."""
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text("[train]\nsteps = 10\n")
+    lock = (run / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write("process 7 on node3")
+    lock.flush()
+    return lock
+
+
+@pytest.mark.fault("the same run submitted to slurm twice", "the second job ends; the first is not disturbed")
+def test_a_second_job_of_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "WAITS_S", (0, 1))
+    with hold(tmp_path / "runs" / "job"):
+        job = start(tmp_path, steps=4, then="0")
+        told = "runs/job is running as process 7 on node3: cancel that job, or wait for it\n"
+        assert job.communicate(timeout=60)[0] == told
+    assert job.returncode == 1
+    assert not (tmp_path / "starts").exists()
+
+
+def test_a_job_waits_for_what_a_lost_node_holds(tmp_path: Path) -> None:
+    with hold(tmp_path / "runs" / "job"):
+        job = start(tmp_path, steps=10, then="0")
+        time.sleep(1.0)
+        assert not (tmp_path / "starts").exists()
+    assert job.communicate(timeout=60)[0] == "finished after step 10\n"
 
 
 @pytest.mark.fault("a batch job's start that does not stop ahead of the limit", "killed just before it; queued again")
@@ -330,7 +371,7 @@ def test_a_signal_that_is_not_ahead_of_the_limit() -> None:
 def test_settings_of_nccl_are_there_where_there_are_gpus(tmp_path: Path) -> None:
     with_gpus, without = (
         batch_script(
-            BatchConfig(gpus_per_node=gpus, options=(("exclusive", ""),)), Path("runs/job"), "job", ["x"], tmp_path
+            BatchConfig(gpus_per_node=gpus, options=(("exclusive", ""),)), Path("runs/job"), "job", 10, ["x"], tmp_path
         )
         for gpus in (8, 0)
     )
@@ -341,7 +382,7 @@ def test_settings_of_nccl_are_there_where_there_are_gpus(tmp_path: Path) -> None
 
 def test_a_folder_slurm_cannot_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"choose another run.root"):
-        batch_script(BatchConfig(), Path("my runs/job"), "job", ["x"], tmp_path)
+        batch_script(BatchConfig(), Path("my runs/job"), "job", 10, ["x"], tmp_path)
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

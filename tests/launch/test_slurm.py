@@ -64,10 +64,17 @@ def test_a_task_bound_to_a_gpu_takes_its_first(binding: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"SLURM_JOB_ID": "1"}, {**TASK, "SLURM_NTASKS": "1"}, {**TASK, "RANK": "0", "WORLD_SIZE": "1"}]
+    "given",
+    [
+        {},
+        {"SLURM_JOB_ID": "1"},
+        {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
+        {**TASK, "SLURM_NTASKS": "1"},
+        {**TASK, "RANK": "0", "WORLD_SIZE": "1"},
+    ],
 )
 def test_others_are_left_alone(given: dict[str, str]) -> None:
-    """A batch script, a job of one task, and what torchrun started inside a job."""
+    """A batch script, of several tasks too; a job of one task; what torchrun started inside a job."""
     environment = dict(given)
     adopt_slurm(environment)
     assert environment == given
