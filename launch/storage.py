@@ -7,6 +7,7 @@ import shutil
 import stat
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from ..data import TokenDataset, Tokenizer, check_tokenizer
 from ..errors import UserError
 from ..pretrain.config import Config
 from ..pretrain.memory import KEEP, check_private
+from ..pretrain.memory.folder import copies_name
+from ..pretrain.run_clock import RUN_ID
 from ..pretrain.run_folder import check_unchanged
 from .findings import Finding
 from .network import gather
@@ -185,6 +188,9 @@ def check_memory_folder(config: Config, saved_bytes: int, neighbours: int) -> Fi
     if not os.access(base, os.W_OK | os.X_OK):
         return Finding("memory copies", "FAIL", f"{base} cannot be written to; set another checkpoint.memory_folder")
     needed, free = COPIES * saved_bytes * neighbours, shutil.disk_usage(base).free
+    with suppress(OSError):  # what the run has there already makes room for what is to come
+        own = folder / copies_name((config.run.folder / RUN_ID).read_text().strip(), config.run.folder)
+        free += sum(path.stat().st_size for path in own.rglob("*"))
     text = f"{COPIES} copies of {neighbours} ranks need {needed / 1e9:.3f} GB in {folder}, {free / 1e9:.1f} are free"
     if needed > free:
         return Finding("memory copies", "FAIL", f"{text}; set checkpoint.memory_every_steps=0, or use more machines")

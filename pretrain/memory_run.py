@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..parallel.comm import do_together
 from .config import Config
 from .memory import Identity, Kept, MemoryCopies, describe_pieces, digest_of
+from .memory.folder import copies_name
 from .metrics import Metrics
 from .resume import Facts
 from .run_clock import RunClock
@@ -37,7 +38,7 @@ def open_memory(
     settings = config.checkpoint
     if not settings.memory_every_steps:
         return None
-    said = [(clock.run_id, clock.start)]
+    said = [(clock.run_id, clock.start, copies_name(clock.run_id, config.run.folder))]  # as rank 0 sees the folder
     dist.broadcast_object_list(said, src=0)
     common = {
         "world_size": dist.get_world_size(),
@@ -47,8 +48,9 @@ def open_memory(
         "config": digest_of(fixed_part(config)),
         "code": digest_of(source_record()),
     }
-    identity = Identity(*said[0], common, describe_pieces(tensors))
-    return MemoryCopies(Path(settings.memory_folder), tensors, identity, settings.asynchronous)
+    run_id, start, name = said[0]
+    identity = Identity(run_id, start, common, describe_pieces(tensors))
+    return MemoryCopies(Path(settings.memory_folder), name, tensors, identity, settings.asynchronous)
 
 
 def search_memory(memory: MemoryCopies | None, config: Config, note: Path) -> Callable[[int], Kept | None] | None:

@@ -88,6 +88,7 @@ class MemoryCopies:
 
     Args:
         folder: `checkpoint.memory_folder`.
+        name: of the run's own folder in it, from `copies_name`.
         tensors: from `training_tensors`.
         identity: what a copy is of.
         asynchronous: whether training goes on while a copy is written and sent.
@@ -101,11 +102,11 @@ class MemoryCopies:
     """
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, torch.Tensor], identity: Identity, asynchronous: bool
+        self, folder: Path, name: str, tensors: Mapping[str, torch.Tensor], identity: Identity, asynchronous: bool
     ) -> None:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._identity, self._asynchronous = identity, asynchronous
-        self._run = do_together(lambda: open_run(folder, identity.run))
+        self._run = do_together(lambda: open_run(folder, name))
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
         machines = self._gather(_machine_of(self._run))
         self._here = {rank for rank, machine in enumerate(machines) if machine == machines[self._rank]}

@@ -5,6 +5,7 @@
 The last is a checkpoint folder as `checkpoint_files` knows it, of one file.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -19,6 +20,12 @@ from ..checkpoint_files.folders import checkpoint_step, list_checkpoints, remove
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KEEPER = re.compile(r"rank-([0-9]{5,9})")
 _OWNER = re.compile(r"of-rank-([0-9]{5,9})")
+
+
+def copies_name(run_id: str, run_folder: Path) -> str:
+    """What the copies of a run are called. One that was begun as a copy of another's folder has that one's id too."""
+    path = os.fsencode(run_folder.resolve())
+    return f"{run_id}-{hashlib.blake2b(path, digest_size=4).hexdigest()}"
 
 
 def open_run(folder: Path, run_id: str) -> Path:

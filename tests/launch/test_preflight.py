@@ -41,6 +41,7 @@ from headrace.parallel import mesh
 from headrace.parallel.config import ParallelConfig
 from headrace.parallel.mesh import World
 from headrace.pretrain.checkpoint import load_full
+from headrace.pretrain.memory.folder import copies_name, open_run
 from tiny import CONFIG, tiny_config, train_tiny
 
 CPU = torch.device("cpu")
@@ -226,6 +227,12 @@ def test_copies_in_memory(tmp_path: Path, data: Path) -> None:
     with mock.patch("headrace.launch.storage.shutil.disk_usage", usage):
         with mock.patch("headrace.launch.storage.file_system", return_value="tmpfs"):
             assert [check_memory_folder(config, size, 2).status for size in (100, 101)] == ["ok", "FAIL"]
+            config.run.folder.mkdir()
+            (config.run.folder / "run_id").write_text("0123456789ab\n")
+            own = open_run(folder, copies_name("0123456789ab", config.run.folder))
+            (own / "copy").write_bytes(bytes(12))
+            assert [check_memory_folder(config, size, 2).status for size in (101, 102)] == ["ok", "FAIL"]
+            shutil.rmtree(folder)
         with mock.patch("headrace.launch.storage.file_system", return_value="nfs4"):
             assert "not in memory (nfs4)" in check_memory_folder(config, 100, 2).text
     assert not folder.exists()

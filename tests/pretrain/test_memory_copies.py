@@ -23,7 +23,7 @@ from headrace.pretrain.checkpoint import latest_checkpoint, load_full
 from headrace.pretrain.config import Config
 from headrace.pretrain.engine import Engine
 from headrace.pretrain.memory import copies, copy_file, exchange
-from headrace.pretrain.memory.folder import open_run
+from headrace.pretrain.memory.folder import copies_name, open_run
 from headrace.pretrain.trainer import train
 from tiny import records, tiny_config
 
@@ -154,7 +154,10 @@ def crashed(gloo: Callable, tmp_path_factory: pytest.TempPathFactory, data: Path
 def copy_of(crashed: Config, folder: Path, data: Path, *overrides: str) -> Config:
     shutil.copytree(crashed.run.folder, folder / "tiny")
     shutil.copytree(crashed.checkpoint.memory_folder, folder / "memory")
-    return configured(folder, data, *overrides)
+    config = configured(folder, data, *overrides)
+    for path in (folder / "memory").glob("machine-*/*"):
+        path.rename(path.with_name(copies_name((folder / "tiny" / "run_id").read_text().strip(), config.run.folder)))
+    return config
 
 
 OPTIMIZERS = {
@@ -203,6 +206,18 @@ def test_a_copy_is_on_two_machines_and_a_finished_run_leaves_none(
     assert files(config) == []
     check_same(config, whole)
     assert {record["step"] for record in records(config, "memory")} == {1, 2, 3, 4, 5, 6, 7}
+
+
+def test_a_copied_run_folder_is_another_run(gloo: Callable, tmp_path: Path, data: Path, crashed: Config) -> None:
+    """It has the same id, and neither takes nor removes what the other has in memory."""
+    shutil.copytree(crashed.run.folder, tmp_path / "tiny")
+    shutil.copytree(crashed.checkpoint.memory_folder, tmp_path / "memory")
+    config = configured(tmp_path, data)
+    before = files(config)
+    assert gloo(3, run, config) == [(8, [])] * 3
+    assert resumed(config) == []
+    assert began(config) == [0, 4]
+    assert files(config) == before
 
 
 @pytest.mark.fault("a machine's copies lost with it", "its ranks take those of their peers; the same bits")
