@@ -170,7 +170,11 @@ if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CP
 status() {{ {python} status "$run" --json 2>/dev/null; }}
 step_in() {{ local n; n=$(sed -n 's/.*"step": \\([0-9]*\\),.*/\\1/p'); echo "${{n:-0}}"; }}
 step() {{ status | step_in; }}
-finished() {{ status | grep '"state": "finished"' | grep -q '"steps": {steps},'; }}
+finished() {{
+  local steps='{steps},'
+  if [ $result -eq 0 ]; then steps=''; fi  # a start that ended well has noted how many it was asked for
+  status | grep -q '"state": "finished".*"steps": '"$steps"
+}}
 running() {{ status | grep -q '"state": "running"'; }}
 
 kill_step() {{
@@ -206,53 +210,62 @@ watch_over() {{
   done
 }}
 
-asked='' ended='' alarm=''
-trap 'ended=1' TERM
-# Another job may be at it; or processes of this one before it was queued again, on a node that slurm has lost.
-for pause in {waits_s}; do
-  if [ -n "$ended" ] || ! running; then break; fi
-  sleep $pause & wait $!
-done
-if [ -n "$ended" ]; then exit 143; fi
-if running; then
-  echo "$run is running $(status | sed -n 's/.*"detail": "\\([^"]*\\)".*/\\1/p'): cancel that job, or wait for it"
-  exit 1
-fi
-
+asked='' ended='' alarm='' srun=''
 tell_time() {{
   if [ -e "$run/STOP" ]; then return; fi  # the user was first
   asked=1
+  if [ -z "$srun" ]; then return; fi  # another job may have the run
   echo time limit >"$run/STOP"
   {{ sleep {late_s}; kill -USR2 $$; }} >/dev/null 2>&1 & alarm=$!
 }}
 trap tell_time USR1
 trap 'echo "not stopped in time: killed"; kill_step $number $srun' USR2
-# Of a job before this one, if its start crashed ahead of obeying, or its node.
-if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
+trap 'ended=1' TERM
+
+queue_again() {{
+  reached=$(step) jobs=0
+  if [ "$reached" -le "$began" ]; then jobs=$(($(cat "$run/{jobs}" 2>/dev/null || echo 0) + 1)); fi
+  mkdir -p "$run/{logs_folder}" && echo $jobs >"$run/{jobs}"
+  if [ $jobs -ge {crash_limit} ]; then
+    echo "$jobs jobs in a row came to their time limit without a new step: given up; raise --time"
+    exit 1
+  fi
+  echo "asked to stop ahead of the time limit after step $reached: queued again"
+  for pause in 1 5 10; do scontrol requeue "$SLURM_JOB_ID" && exit 0; sleep $pause; done
+  exit 1
+}}
+
+# Another job may be at it; or processes of this one before it was queued again, on a node that slurm has lost.
+wait_for_others() {{
+  for pause in {waits_s}; do
+    if [ -n "$ended$asked" ] || ! running; then break; fi
+    sleep $pause & wait $!
+  done
+  if [ -n "$ended" ]; then exit 143; fi
+  if [ -n "$asked" ]; then queue_again; fi
+  if running; then
+    echo "$run is running $(status | sed -n 's/.*"detail": "\\([^"]*\\).*/\\1/p'): cancel that job, or wait for it"
+    exit 1
+  fi
+}}
 
 crashes=0 number=-1 furthest=$(step)
 began=$furthest
 while :; do
+  wait_for_others  # before each start: two jobs that begin at once both find nobody
+  # Of a job before this one, if its start crashed ahead of obeying, or its node.
+  if grep -qsx "time limit" "$run/STOP"; then rm "$run/STOP"; fi
   rm -f "$run/STOPPED"
   srun --overlap --kill-on-bad-exit=1 --open-mode=append --output={logs} {command} &
   srun=$! number=$((number + 1))
+  if [ -n "$asked" ]; then tell_time; fi  # there was nothing to stop yet
   watch_over $number $srun & watchdog=$!
   while wait $srun; result=$?; kill -0 $srun 2>/dev/null; do :; done  # a trap ends a wait
+  srun=''
   kill $watchdog $alarm 2>/dev/null
   if [ -n "$ended" ]; then exit 143; fi
   if finished; then break; fi
-  if [ -n "$asked" ]; then
-    reached=$(step) jobs=0
-    if [ "$reached" -le "$began" ]; then jobs=$(($(cat "$run/{jobs}" 2>/dev/null || echo 0) + 1)); fi
-    mkdir -p "$run/{logs_folder}" && echo $jobs >"$run/{jobs}"
-    if [ $jobs -ge {crash_limit} ]; then
-      echo "$jobs jobs in a row came to their time limit without a new step: given up; raise --time"
-      exit 1
-    fi
-    echo "asked to stop ahead of the time limit after step $reached: queued again"
-    for pause in 1 5 10; do scontrol requeue "$SLURM_JOB_ID" && exit 0; sleep $pause; done
-    exit 1
-  fi
+  if [ -n "$asked" ]; then queue_again; fi
   if grep -qs SIGTERM "$run/STOPPED"; then
     echo "ended by SIGTERM after step $(step): what follows is slurm's"
     SECONDS=0
@@ -268,7 +281,6 @@ while :; do
     exit 1
   fi
   if [ $crashes -gt 0 ]; then sleep $((2 ** crashes < 60 ? 2 ** crashes : 60)) & wait $!; fi  # what is wrong may pass
-  if [ -n "$ended" ]; then exit 143; fi
 done
 rm -f "$run/STOP"
 echo "finished after step $(step)"

@@ -149,7 +149,7 @@ def test_a_finished_run_whose_further_steps_are_refused_is_not_finished(tmp_path
 
 def hold(run: Path) -> IO[str]:
     """The lock of a run folder, as a process of the run has it."""
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text("[train]\nsteps = 10\n")
     lock = (run / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -174,6 +174,35 @@ def test_a_job_waits_for_what_a_lost_node_holds(tmp_path: Path) -> None:
         job = start(tmp_path, steps=10, then="0")
         time.sleep(1.0)
         assert not (tmp_path / "starts").exists()
+    assert job.communicate(timeout=60)[0] == "finished after step 10\n"
+
+
+def test_a_job_that_waits_for_another_does_not_stop_it(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "job"
+    with hold(run):
+        job = start(tmp_path, steps=4, then="0")
+        time.sleep(2.0)
+        job.send_signal(signal.SIGUSR1)
+        assert job.communicate(timeout=60)[0].endswith("queued again\n")
+    assert (tmp_path / "requeued").exists()
+    assert not (run / "STOP").exists()
+    assert not (tmp_path / "starts").exists()
+
+
+def test_the_second_of_two_jobs_that_begin_at_once_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find nobody; the steps of the first are none of the second's."""
+    monkeypatch.setattr(batch, "WAITS_S", (0, 0.1))
+    job = start(tmp_path, steps=1, then="2", total=20)
+    wait_for(tmp_path / "starts")
+    with hold(tmp_path / "runs" / "job"):
+        assert "runs/job is running as process 7 on node3" in job.communicate(timeout=60)[0]
+    assert job.returncode == 1
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_a_number_of_steps_that_was_changed_since(tmp_path: Path) -> None:
+    """Every start reads the configuration, and the job may have been submitted long ago."""
+    job = start(tmp_path, steps=10, then="0", total=7)
     assert job.communicate(timeout=60)[0] == "finished after step 10\n"
 
 
