@@ -28,9 +28,10 @@ hypothesis.settings.load_profile("headrace")
 # Several test processes and gloo workers share the cores.
 torch.set_num_threads(1)
 
-# Under `--numprocesses 3` each has a worker of its own and takes what those before it leave of the cores: files whose
-# tests start processes and watch clocks, those that share the gloo pool, and those of one process.
-NICENESS = {"clocks": 0, "gloo": 5, "alone": 19}
+# Under `--numprocesses 4` each has a worker of its own and takes what those before it leave of the cores: files whose
+# tests start processes and watch clocks; those whose tests use a gloo pool, of whole runs and of anything else; and
+# those of one process.
+NICENESS = {"clocks": 0, "runs": 10, "layouts": 10, "alone": 19}
 
 
 @cache
@@ -39,7 +40,9 @@ def lane(file: str) -> str:
     if file.startswith(("tests/data/", "tests/kernels/", "tests/model/")):
         return "alone"
     text = (Path(__file__).parents[1] / file).read_text()
-    return "gloo" if re.search(r"\bgloo[:,)]", text) else "clocks"
+    if re.search(r"\bPopen|\bstart_ranks", text) or not re.search(r"\bgloo[:,)]", text):
+        return "clocks"
+    return "runs" if file.startswith(("tests/pretrain/", "tests/launch/")) else "layouts"
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]
@@ -50,7 +53,7 @@ class Lanes(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
-    """Three lanes, in the order of their first files."""
+    """As many lanes as workers, or workers that take several in turn."""
     return Lanes(config, log)
 
 
