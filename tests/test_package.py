@@ -16,7 +16,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir"]
-    subprocess.run([*wheel, str(tmp_path / "wheels"), str(tmp_path / "source")], check=True)
+    offline = ["--no-index", "--disable-pip-version-check"]
+    subprocess.run([*wheel, str(tmp_path / "wheels"), str(tmp_path / "source"), *offline], check=True)
     (built,) = (tmp_path / "wheels").glob("headrace-*.whl")
     with zipfile.ZipFile(built) as archive:
         modules = {name for name in archive.namelist() if name.endswith(".py")}
