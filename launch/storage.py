@@ -7,7 +7,6 @@ import shutil
 import stat
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from ..data import TokenDataset, Tokenizer, check_tokenizer
 from ..errors import UserError
 from ..pretrain.config import Config
 from ..pretrain.memory import KEEP, check_private
-from ..pretrain.memory.folder import copies_name
+from ..pretrain.memory.folder import copies_name, size_of_run
 from ..pretrain.run_clock import RUN_ID
 from ..pretrain.run_folder import check_unchanged
 from .findings import Finding
@@ -178,7 +177,7 @@ def check_memory_folder(config: Config, saved_bytes: int, neighbours: int) -> Fi
         neighbours: processes on this machine.
 
     Raises:
-        UserError: the folder is another user's, or open to others.
+        UserError: the folder is another user's, or open to others; or the run's id cannot name what is in it.
         OSError: it cannot be made or looked at.
     """
     folder = Path(config.checkpoint.memory_folder)
@@ -187,16 +186,25 @@ def check_memory_folder(config: Config, saved_bytes: int, neighbours: int) -> Fi
     base = existing_parent(folder)
     if not os.access(base, os.W_OK | os.X_OK):
         return Finding("memory copies", "FAIL", f"{base} cannot be written to; set another checkpoint.memory_folder")
-    needed, free = COPIES * saved_bytes * neighbours, shutil.disk_usage(base).free
-    with suppress(OSError):  # what the run has there already makes room for what is to come
-        own = folder / copies_name((config.run.folder / RUN_ID).read_text().strip(), config.run.folder)
-        free += sum(path.stat().st_size for path in own.rglob("*"))
+    # What the run has there already makes room for what is to come.
+    own = _size_of_copies(config)
+    needed, free = COPIES * saved_bytes * neighbours, shutil.disk_usage(base).free + own
     text = f"{COPIES} copies of {neighbours} ranks need {needed / 1e9:.3f} GB in {folder}, {free / 1e9:.1f} are free"
+    text += f" with the {own / 1e9:.3f} of those that are there" if own else ""
     if needed > free:
         return Finding("memory copies", "FAIL", f"{text}; set checkpoint.memory_every_steps=0, or use more machines")
     if (kind := file_system(base)) not in MEMORY_FILE_SYSTEMS:
         return Finding("memory copies", "warn", f"{text}; but {base} is not in memory ({kind}): /dev/shm/NAME is")
     return Finding("memory copies", "ok", text)
+
+
+def _size_of_copies(config: Config) -> int:
+    """The bytes that the run has in memory on this machine by now; 0 before its first start."""
+    try:
+        run_id = (config.run.folder / RUN_ID).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return 0
+    return size_of_run(Path(config.checkpoint.memory_folder), copies_name(run_id, config.run.folder)) if run_id else 0
 
 
 def file_system(folder: Path) -> str:

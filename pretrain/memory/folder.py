@@ -1,6 +1,6 @@
 """Where copies lie: in a private folder of each machine, by run, rank that keeps, rank they are of, and step.
 
-    <checkpoint.memory_folder>/<run id>/rank-<that keeps>/of-rank-<whose>/step-<N>/
+    <checkpoint.memory_folder>/<run id>-<hash of the run folder>/rank-<that keeps>/of-rank-<whose>/step-<N>/
 
 The last is a checkpoint folder as `checkpoint_files` knows it, of one file.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from ...errors import UserError, file_error
 from ..checkpoint_files.folders import checkpoint_step, list_checkpoints, remove, remove_stale
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9a-f]{8}")
 _KEEPER = re.compile(r"rank-([0-9]{5,9})")
 _OWNER = re.compile(r"of-rank-([0-9]{5,9})")
 
@@ -28,15 +28,14 @@ def copies_name(run_id: str, run_folder: Path) -> str:
     return f"{run_id}-{hashlib.blake2b(path, digest_size=4).hexdigest()}"
 
 
-def open_run(folder: Path, run_id: str) -> Path:
-    """The folder of a run in the private `folder`; both are made where they are not there.
+def open_run(folder: Path, name: str) -> Path:
+    """The folder of a run, by its `copies_name`, in the private `folder`; both are made where they are not there.
 
     Raises:
         UserError: `folder` is of another user, open to others, or cannot be made; or the run's id is no name.
     """
-    if not _RUN_ID.fullmatch(run_id):
-        raise UserError(f"the run's id {run_id!r} (file run_id) must be 1 to 64 letters, digits, '_' or '-'")
-    path = folder / run_id
+    _check_name(name)
+    path = folder / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
@@ -47,6 +46,21 @@ def open_run(folder: Path, run_id: str) -> Path:
         words = f"checkpoint.memory_folder={folder} cannot be used: {error.strerror}"
         raise file_error(f"{words}; give a folder in memory (/dev/shm/NAME)", error) from None
     return path
+
+
+def size_of_run(folder: Path, name: str) -> int:
+    """The bytes in the files of a run, by its `copies_name`, on this machine. Other processes may remove some.
+
+    Raises:
+        UserError: the run's id is no name.
+    """
+    _check_name(name)
+    size = 0
+    for path, _, files in os.walk(folder / name):
+        for file in files:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(path, file)).st_size
+    return size
 
 
 def check_private(folder: Path) -> None:
@@ -115,6 +129,12 @@ def remove_keeper(run: Path, keeper: int) -> None:
     shutil.rmtree(run / f"rank-{keeper:05d}", ignore_errors=True)
     with suppress(OSError):  # others keep something in it
         run.rmdir()
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        run_id = name.rpartition("-")[0]
+        raise UserError(f"the run's id {run_id!r} (file run_id) must be 1 to 64 letters, digits, '_' or '-'")
 
 
 def _remove_with_others(path: Path) -> None:

@@ -230,8 +230,14 @@ def test_copies_in_memory(tmp_path: Path, data: Path) -> None:
             config.run.folder.mkdir()
             (config.run.folder / "run_id").write_text("0123456789ab\n")
             own = open_run(folder, copies_name("0123456789ab", config.run.folder))
-            (own / "copy").write_bytes(bytes(12))
+            (own / "folders" / "need" / "no room").mkdir(parents=True)
+            assert check_memory_folder(config, 101, 2).status == "FAIL"
+            (own / "folders" / "copy").write_bytes(bytes(12))
             assert [check_memory_folder(config, size, 2).status for size in (101, 102)] == ["ok", "FAIL"]
+            for run_id, status in ((b" \n", "ok"), (b"../open", "FAIL"), (b"\xff\xfe", "FAIL"), (b"a\0b", "FAIL")):
+                (config.run.folder / "run_id").write_bytes(run_id)
+                assert attempt("memory copies", lambda: check_memory_folder(config, 100, 2)).status == status
+            (config.run.folder / "run_id").unlink()
             shutil.rmtree(folder)
         with mock.patch("headrace.launch.storage.file_system", return_value="nfs4"):
             assert "not in memory (nfs4)" in check_memory_folder(config, 100, 2).text

@@ -29,7 +29,7 @@ from headrace.pretrain.checkpoint import (
     save_checkpoint,
     storage,
 )
-from headrace.pretrain.checkpoint_files.manifest import digest
+from headrace.pretrain.checkpoint_files.manifest import digest, read_manifest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 
@@ -64,6 +64,7 @@ def forge(path: Path, change) -> None:
     body = json.loads((path / "manifest.json").read_text())
     del body["blake2b"]
     change(body)
+    # Indented, as they were once written.
     text = json.dumps(body, indent=1).removesuffix("\n}").encode()
     (path / "manifest.json").write_bytes(text + f',\n "blake2b": "{digest(text)}"\n}}\n'.encode())
 
@@ -318,6 +319,29 @@ def test_not_a_checkpoint(saved, tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=words):
             read_extra(path)
+
+
+def test_a_manifest_is_written_fast(saved, monkeypatch):
+    """By json's encoder in C, which `indent` would turn off, so in two lines: all that is hashed, and the hash."""
+    first, second, last = (saved / "manifest.json").read_bytes().splitlines()
+    assert digest(first.removesuffix(b",")) == json.loads(b"{" + second + b"}")["blake2b"]
+    assert last == b"}"
+    monkeypatch.setattr(json.encoder, "_make_iterencode", None)
+    save_checkpoint(saved.parent, 501, tensors_of(), extra={})
+
+
+def test_an_indented_manifest_is_read(saved):
+    """As they were written once; and a change in it is still seen."""
+    file, wanted = saved / "manifest.json", read_manifest(saved)
+    forge(saved, lambda body: None)
+    text = file.read_bytes()
+    assert text.startswith(b'{\n "format": "headrace-checkpoint",\n "version": 1,\n')
+    assert text.count(b"\n") > 100
+    assert read_manifest(saved) == wanted
+    assert_same(load_full(saved), tensors_of())
+    file.write_bytes(text.replace(b'"tokens": 7', b'"tokens": 8'))
+    with pytest.raises(CheckpointDamagedError, match="its hash differs"):
+        load_full(saved)
 
 
 def test_newer_format(saved):

@@ -1,5 +1,6 @@
 """Copies in memory: where they lie, which a start chooses, and which ranks are peers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import pytest
 from headrace.errors import UserError
 from headrace.pretrain import saver
 from headrace.pretrain.memory import copies
-from headrace.pretrain.memory.folder import find_copies, open_run, place_of, remove_left
+from headrace.pretrain.memory.folder import copies_name, find_copies, open_run, place_of, remove_left
 from headrace.pretrain.memory.plan import Holding, Moment, choose, peer_shift, why_not
 from headrace.pretrain.metrics import _scalars
 from tiny import tiny_config
+
+NAME = "0123456789ab-89abcdef"
 
 
 def test_a_folder_that_is_not_private_is_refused(tmp_path: Path) -> None:
@@ -21,11 +24,21 @@ def test_a_folder_that_is_not_private_is_refused(tmp_path: Path) -> None:
     }.items():
         make(tmp_path / name)
         with pytest.raises(UserError, match="is not a folder of this user that is closed"):
-            open_run(tmp_path / name, "0123456789ab")
-    with pytest.raises(UserError, match="run_id"):
-        open_run(tmp_path / "fine", "../open")
-    made = open_run(tmp_path / "fine", "0123456789ab")
+            open_run(tmp_path / name, NAME)
+    made = open_run(tmp_path / "fine", NAME)
     assert made.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_name_of_a_runs_copies(tmp_path: Path) -> None:
+    """By its id and where it lies, under whatever name; no file `run_id` leads out of the folder."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    names = [copies_name("0123456789ab", tmp_path / name) for name in ("a", "link", "b")]
+    assert names[0] == names[1] != names[2]
+    assert open_run(tmp_path / "memory", copies_name("x" * 64, tmp_path)).is_dir()
+    for run_id in ("", "../open", "a b", "x" * 65):
+        with pytest.raises(UserError, match=re.escape(f"the run's id {run_id!r} (file run_id) must be")):
+            open_run(tmp_path / "memory", copies_name(run_id, tmp_path))
 
 
 def holding(seen_by: int, keeper: int, owner: int, step: int, misfit: str = "") -> Holding:
@@ -60,7 +73,7 @@ def test_peers_are_on_other_machines(machines: str, shift: int) -> None:
 
 def test_what_ranks_left_that_are_elsewhere_now(tmp_path: Path) -> None:
     """Older copies than all machines hold go; newer ones may be in use by a rank that shares the folder."""
-    run_folder = open_run(tmp_path / "memory", "0123456789ab")
+    run_folder = open_run(tmp_path / "memory", NAME)
     for keeper, step in ((0, 3), (7, 3), (7, 5)):
         (place_of(run_folder, keeper, keeper) / f"step-{step:08d}").mkdir(parents=True)
     remove_left(run_folder, {0}, 5)
