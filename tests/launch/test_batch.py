@@ -181,7 +181,8 @@ def test_a_job_that_waits_for_another_does_not_stop_it(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "job"
     with hold(run):
         job = start(tmp_path, steps=4, then="0")
-        time.sleep(2.0)
+        while not Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text():  # it listens before it starts anything
+            time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
         assert job.communicate(timeout=60)[0].endswith("queued again\n")
     assert (tmp_path / "requeued").exists()
@@ -192,9 +193,10 @@ def test_a_job_that_waits_for_another_does_not_stop_it(tmp_path: Path) -> None:
 def test_the_second_of_two_jobs_that_begin_at_once_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find nobody; the steps of the first are none of the second's."""
     monkeypatch.setattr(batch, "WAITS_S", (0, 0.1))
-    job = start(tmp_path, steps=1, then="2", total=20)
+    job = start(tmp_path, steps=1, then="deaf", total=20)
     wait_for(tmp_path / "starts")
     with hold(tmp_path / "runs" / "job"):
+        (tmp_path / "cancelled").touch()
         assert "runs/job is running as process 7 on node3" in job.communicate(timeout=60)[0]
     assert job.returncode == 1
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
