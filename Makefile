@@ -43,7 +43,7 @@ lint: .venv/test.done
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --durations=15 --numprocesses=4
+	$(BIN)/python -m pytest --durations=15 --numprocesses=2
 
 # Everything that is done to runs on purpose, often; writes docs/faults.md.
 faults: .venv/test.done

@@ -1,10 +1,8 @@
 """What every test may use: the gloo worker pool, the hypothesis profile, and the rule for GPU tests."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,39 +26,26 @@ hypothesis.settings.load_profile("headrace")
 # Several test processes and gloo workers share the cores.
 torch.set_num_threads(1)
 
-# Under `--numprocesses 4` each has a worker of its own and takes what those before it leave of the cores: files whose
-# tests start processes and watch clocks; those whose tests use a gloo pool, of whole runs and of anything else; and
-# those of one process.
-NICENESS = {"clocks": 0, "runs": 10, "layouts": 10, "alone": 19}
+# One process each, and no deadlines: under `--numprocesses 2` they take what the others leave of the cores.
+ALONE = ("tests/data/", "tests/kernels/", "tests/model/")
 
 
-@cache
-def lane(file: str) -> str:
-    """The key of `NICENESS` for a test file, by its path from the root."""
-    if file.startswith(("tests/data/", "tests/kernels/", "tests/model/")):
-        return "alone"
-    text = (Path(__file__).parents[1] / file).read_text()
-    if re.search(r"\bPopen|\bstart_ranks", text) or not re.search(r"\bgloo[:,)]", text):
-        return "clocks"
-    return "runs" if file.startswith(("tests/pretrain/", "tests/launch/")) else "layouts"
-
-
-class Lanes(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each worker one lane, which never has to wait for another."""
+class TwoLanes(LoadScopeScheduling):  # type: ignore[misc]
+    """To one worker tests of one process; to another those that share the gloo pool, start processes, watch clocks."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return lane(nodeid.partition("::")[0])
+        return "alone" if nodeid.startswith(ALONE) else "together"
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
-    """As many lanes as workers, or workers that take several in turn."""
-    return Lanes(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoLanes:
+    """Two workers, neither of which ever has to wait for the other."""
+    return TwoLanes(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Under xdist, the priority of a test's lane, for what it starts as well."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS[lane(item.nodeid.partition("::")[0])])
+    """Under xdist, the lowest priority for tests that have no deadlines."""
+    if "PYTEST_XDIST_WORKER" in os.environ and item.nodeid.startswith(ALONE):
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
 
 
 @pytest.fixture(scope="session")
