@@ -73,7 +73,7 @@ class TrainConfig:
         average_decay: of an exponential moving average of the weights, which `eval`, `export` and `generate` take with
             `--average`; 0 keeps none.
         checksum_every: steps between two comparisons of the parameters that several processes hold copies of, bit for
-            bit; before each save too. 0 compares none.
+            bit; before each save and copy in memory too. 0 compares none.
     """
 
     steps: int
